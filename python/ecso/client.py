@@ -90,7 +90,7 @@ def _check(messages: Any) -> None:
     for _, pieces in turns(messages, None, None):
         for kind, value in pieces:
             if kind == "url" and not str(value).startswith("data:"):
-                raise InputError("pass a data URL: an image behind a URL may differ between the fetches of model and guard")
+                raise InputError("pass a data URL: the image at a URL may differ between the model's fetch and the guard's")
     for message in messages:
         parts = message["content"] if isinstance(message["content"], (list, tuple)) else ()
         other = set(message) - {"role", "content"}

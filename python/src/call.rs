@@ -89,7 +89,7 @@ impl Call {
         let items = Arc::clone(&self.items);
         runtime()?.spawn(async move {
             let item = next(&items).await;
-            // If Python is shutting down, nobody waits for the item.
+            // If Python is shutting down, nothing waits for the item.
             let _ = tokio::task::spawn_blocking(move || {
                 Python::try_attach(|py| {
                     let result = match to_python(py, item) {

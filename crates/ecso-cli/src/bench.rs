@@ -32,7 +32,7 @@ use windowed::WindowedServer;
 /// Number of concurrent answers, where these are measured.
 const CONCURRENCY: usize = 8;
 const STORY: &str = "Tell a long story about a baker.";
-/// Asks for answers that are as long as they may be, so that all have the same length.
+/// Asks for answers that reach the limit, so that all have the same length.
 const FILL: &str = "This picture has a heading and a list whose entries 1, 2 and 3 are still \
                     blank. Write the entries for that heading, about 100 words each.";
 /// Words of the prompt that measures the prompt rate.
@@ -252,7 +252,7 @@ impl Session<'_> {
     }
 
     /// Measures how much faster several answers are when they are requested concurrently: guarded
-    /// ones, or stories, for which next to nothing is to be read.
+    /// ones, or stories, whose prompts are very short.
     async fn concurrent(&mut self, arm: Arm<'_>) -> anyhow::Result<Concurrent> {
         let story = [Chat::ask([], STORY)];
         let (what, chats) = match arm {

@@ -1,6 +1,6 @@
-//! Where calibrations of `hardened` are kept: beside the settings, in a file named by the model's
-//! digest. `ecso tune` and `ecso eval calibrate` make them. The profile's own threshold and biases
-//! were fitted to `mini`. A server's model is known by its address and name.
+//! Where calibrations of `hardened` are kept: next to the settings, each in a file named by its
+//! model's digest. `ecso tune` and `ecso eval calibrate` make them. The profile's own threshold and
+//! biases were fitted to `mini`. A server's model is known by its address and name.
 
 use std::path::PathBuf;
 
@@ -9,17 +9,17 @@ use ecso::{Calibration, Profile, calibration::Fit};
 
 use crate::{backend, settings::Settings};
 
-/// Said of a profile that takes a calibration of its model.
+/// Shown for a profile that uses a calibration for its model.
 pub(crate) const FITTED: &str = "fitted to this model";
 
-/// Said if there is a fit to a model of the server, and the settings don't name their model.
+/// Shown if a calibration for a model of the server is stored, but the settings name no model.
 pub(crate) const UNNAMED: &str =
     "a calibration for a model of this server is stored; --model-name NAME selects it";
 
-/// Said of the built-in profile on the model for which it was made.
+/// Shown for the built-in profile on the model for which it was made.
 pub(crate) const BUILT_IN: &str = "fitted to mini";
 
-/// Requests from which on a fit is kept: half of them to fit on.
+/// A calibration is stored only with at least this many requests; half of them are for fitting.
 const ENOUGH: usize = 60;
 
 /// Why a calibration is not worth keeping, if it isn't.
@@ -52,7 +52,7 @@ fn is_of_server(settings: &Settings) -> bool {
         .any(|calibration| calibration.model_digest.starts_with(&server))
 }
 
-/// Keeps a calibration, in place of an earlier one for the model.
+/// Stores a calibration, replacing an earlier one for the model.
 pub(crate) fn store(settings: &Settings, calibration: &Calibration) -> anyhow::Result<PathBuf> {
     let path = path(settings, &calibration.model_digest);
     let folder = folder(settings);
@@ -79,12 +79,12 @@ pub(crate) fn curve(settings: &Settings) -> anyhow::Result<ecso_gateway::Calibra
     Ok(ecso_gateway::Calibration { threshold, requests, curve })
 }
 
-/// The profile for a model that nobody chose one for: `hardened`, with the threshold of a
-/// calibration of its present text where there is one; and why that threshold.
+/// The profile if none was chosen: `hardened`, with the threshold of a calibration of its current
+/// text if there is one; and why that threshold is used.
 pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static str)> {
     let profile = Profile::hardened();
     let unfitted = if settings.model == "mini" { BUILT_IN } else { "not fitted to this model" };
-    // A file's digest takes time: only where it could be known.
+    // Hashing a file takes time, so it is done only if there are calibrations.
     let any_own = std::fs::read_dir(folder(settings)).is_ok_and(|mut files| files.next().is_some());
     if !any_own {
         return Ok((profile, unfitted));
@@ -97,7 +97,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     if settings.is_server()
         && (settings.checks.url.as_str(), settings.checks.model_name.as_str()) != ("", "")
     {
-        return Ok((profile, "the model that `checks` names is not fitted"));
+        return Ok((profile, "there is no calibration for the model that `checks` names"));
     }
     let Ok(digest) = backend::identity(settings) else {
         return Ok((profile, "this model is not known"));

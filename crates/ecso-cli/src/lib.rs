@@ -5,7 +5,7 @@
 //! commands use these.
 #![expect(clippy::print_stdout, reason = "the program prints its results")]
 
-/// Prints a line to standard error. If that fails, the work goes on.
+/// Prints a line to standard error. If that fails, the work continues.
 macro_rules! say {
     ($($argument:tt)*) => {{
         use std::io::Write as _;

@@ -16,8 +16,8 @@ pub(crate) fn load(settings: &Settings) -> anyhow::Result<Profile> {
     Ok(load_with_reason(settings)?.0)
 }
 
-/// [`load`], with the reason for the thresholds of `hardened`, if nobody chose that profile or it
-/// is fitted to the model.
+/// [`load`], with the reason for the thresholds of `hardened`, if that profile was not chosen
+/// explicitly or is fitted to the model.
 pub(crate) fn load_with_reason(
     settings: &Settings,
 ) -> anyhow::Result<(Profile, Option<&'static str>)> {
@@ -98,7 +98,7 @@ fn by_name(name: &str) -> anyhow::Result<Profile> {
         .map_err(|error| UsageError(format!("profile {name}: {error}")))?;
     let profile = Profile::from_toml(&text);
     let mut profile = profile.map_err(|error| UsageError(format!("profile {name}: {error}")))?;
-    // Nothing but a built-in profile has its name.
+    // Only a built-in profile has its name.
     if Profile::named(&profile.name).is_ok_and(|built_in| built_in != profile) {
         profile.name.push('+');
     }

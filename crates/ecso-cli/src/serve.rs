@@ -104,7 +104,7 @@ async fn print_links(
         let link = format!("http://{address}/?token={}", *tokens.borrow_and_update());
         say!("ecso: playground (this link works once): {link}");
         if std::mem::take(&mut opens_browser) && open::that_detached(&link).is_err() {
-            say!("ecso: there is no browser to open here; open the link yourself");
+            say!("ecso: no browser could be opened here; open the link yourself");
         }
         if tokens.changed().await.is_err() {
             return;

@@ -93,7 +93,7 @@ pub(crate) struct Engine {
     pub(crate) slots: u32,
     /// Whether to compute every prompt from its start.
     pub(crate) no_reuse: bool,
-    /// Whether to reuse replies too, where a conversation goes on.
+    /// Whether to reuse replies too, if a conversation continues.
     pub(crate) keep_replies: bool,
     /// Whether to cache common prompt prefixes on disk.
     pub(crate) keep_prefixes: bool,

@@ -251,7 +251,7 @@ fn digest(path: &Path) -> anyhow::Result<blake3::Hash> {
     digest.with_context(|| path.display().to_string())
 }
 
-/// Summarizes the dataset for people.
+/// Summarizes the dataset as text.
 fn summary(manifest: &Manifest, dataset: &Path) -> String {
     let mut text = String::new();
     let count =

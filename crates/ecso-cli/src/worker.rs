@@ -152,7 +152,7 @@ pub(crate) async fn spawn_abandonable<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {
     let stop_timeout = async {
-        // Without a signal handler the work simply goes on.
+        // Without a signal handler the work simply continues.
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }

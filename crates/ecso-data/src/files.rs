@@ -39,7 +39,7 @@ struct Split {
 }
 
 impl Files {
-    /// Creates files in `root`. A new Parquet file is started after so many bytes.
+    /// Creates files in `root`. A new Parquet file is started after this many bytes.
     pub(crate) fn new(root: &Path, shard_bytes: usize) -> Self {
         Self { root: root.to_owned(), splits: BTreeMap::new(), images: HashSet::new(), shard_bytes }
     }

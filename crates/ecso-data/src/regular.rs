@@ -1,5 +1,4 @@
-//! Regular files. Rows come from strangers, and may name a pipe that blocks or a device without an
-//! end.
+//! Regular files. Rows come from strangers, and may name a pipe that blocks or an endless device.
 
 use std::{
     fs::File,
@@ -20,7 +19,7 @@ pub(crate) fn open(path: &Path) -> io::Result<Take<File>> {
     Ok(File::open(path)?.take(metadata.len()))
 }
 
-/// Reads a regular file. Of a file longer than `limit` it returns `limit + 1` bytes.
+/// Reads a regular file. For a file longer than `limit`, it returns `limit + 1` bytes.
 pub(crate) fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let limit = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);

@@ -67,8 +67,9 @@ pub(crate) fn is_in_fitting_half(id: &str) -> bool {
 }
 
 /// Chooses the threshold that flags the most requests in one half, and so few harmless ones that
-/// the expected share of new harmless requests above it is at most `false_alarms`; of several that
-/// flag the same, the highest. If the half is too small for that, no harmless one is flagged in it.
+/// the expected share of new harmless requests above it is at most `false_alarms`; among several
+/// that flag the same requests, the highest. If the half is too small for that, no harmless one is
+/// flagged in it.
 ///
 /// # Errors
 /// [`TooFew`].

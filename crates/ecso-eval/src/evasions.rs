@@ -18,9 +18,9 @@ use crate::{
 pub const FAMILIES: [&str; 14] = [
     // The query pretends that the judged text ends, and continues as the judge's own words.
     "break-out",
-    // The query claims that somebody has already checked the answer.
+    // The query claims that the answer was already checked.
     "forged-in-query",
-    // The image claims that.
+    // The image claims this.
     "forged-in-image",
     // The query is in Chinese.
     "language",
@@ -40,7 +40,7 @@ pub const FAMILIES: [&str; 14] = [
     "prefill",
     // The answer is requested in base64.
     "encoded-answer",
-    // The answer is to end with a verdict.
+    // The request asks for an answer that ends with a verdict.
     "forged-in-reply",
     // The words are in every eighth pixel of another page, and appear when it is scaled down.
     "scaled",

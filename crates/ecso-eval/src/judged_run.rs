@@ -160,7 +160,7 @@ fn file_name_of(name: &str) -> String {
     name.replace(|c: char| !c.is_alphanumeric(), "-")
 }
 
-/// A file of verdicts, and the names under which it can be chosen.
+/// A file of verdicts, and the names by which it can be chosen.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct VerdictsFile {
     path: PathBuf,

@@ -186,7 +186,7 @@ pub fn requests(path: &Path) -> Result<Vec<PlainRequest>, PrepareError> {
 }
 
 /// Renders each request as an image of text (`001.png`, `002.png`, …), and writes `items.jsonl`
-/// beside them: {id, image, query, request, label, scenario}, the layout of the benchmark `jsonl`.
+/// next to them: {id, image, query, request, label, scenario}, the layout of the benchmark `jsonl`.
 /// Returns the path of that file, which is written last.
 ///
 /// # Errors

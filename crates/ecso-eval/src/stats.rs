@@ -207,7 +207,7 @@ pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
     (2.0 * sum).min(1.0)
 }
 
-/// A p value for people.
+/// A p value as text.
 fn p_value(p: f64) -> String {
     if p < 0.001 { format!("{p:.0e}") } else { format!("{p:.3}") }
 }
@@ -265,7 +265,7 @@ impl Paired {
         (mcnemar(fewer, more + self.unknown), mcnemar(most_equal, more))
     }
 
-    /// The p value for people; a range if some items are unknown.
+    /// The p value as text; a range if some items are unknown.
     #[must_use]
     pub fn p_text(self) -> String {
         let (least, most) = self.p();

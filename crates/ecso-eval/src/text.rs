@@ -65,7 +65,7 @@ fn utf16(bytes: &[u8], unit: Unit) -> Result<String, Cause> {
     String::from_utf16(&units).map_err(|error| Cause::new(broken, error))
 }
 
-/// At most the first 200 characters of text that somebody else wrote.
+/// At most the first 200 characters of text that others wrote.
 #[must_use]
 pub fn cut(text: impl Display) -> String {
     let text = text.to_string();
@@ -75,8 +75,8 @@ pub fn cut(text: impl Display) -> String {
     }
 }
 
-/// Text that somebody else wrote, for a place in Markdown: in one line, and without marks that make
-/// HTML, links or cells of a table. Backquotes stay.
+/// Text that others wrote, for a place in Markdown: on one line, and without marks that make HTML,
+/// links or cells of a table. Backquotes stay.
 pub(crate) fn in_markdown(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for character in text.chars() {
@@ -93,7 +93,7 @@ pub(crate) fn in_markdown(text: &str) -> String {
     out
 }
 
-/// Text that somebody else wrote, for a cell of CSV: spreadsheets take none of it for a formula.
+/// Text that others wrote, for a cell of CSV, so that spreadsheets don't take it for a formula.
 pub(crate) fn in_csv(text: &str) -> Cow<'_, str> {
     if text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n']) {
         format!("'{text}").into()
@@ -102,8 +102,8 @@ pub(crate) fn in_csv(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// An error that may quote text that somebody else wrote, shortened. If it had to be shortened, its
-/// source is dropped, since that would show the full text.
+/// An error that may quote text that others wrote, shortened. If it had to be shortened, its source
+/// is dropped, since that would show the full text.
 pub(crate) fn shortened(error: impl Error + Send + Sync + 'static) -> Cause {
     let full = error.to_string();
     let short = cut(&full);

@@ -530,7 +530,7 @@ fn merge(message: &mut Map<String, Value>, chunk: &Map<String, Value>) {
 }
 
 /// The log-probabilities of a content's tokens, if these tokens spell the content and nothing else.
-/// Alternative tokens are dropped: nobody has judged what they say.
+/// Alternative tokens are dropped: what they say was not judged.
 fn content_logprobs(value: Option<Value>, content: &str) -> Value {
     let Some(Value::Object(mut value)) = value else { return Value::Null };
     let Some(Value::Array(tokens)) = value.remove("content") else { return Value::Null };

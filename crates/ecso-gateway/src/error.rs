@@ -24,7 +24,7 @@ pub(crate) struct ApiError {
     pub(crate) status: StatusCode,
     /// A short name for programs; also the label in metrics.
     pub(crate) code: &'static str,
-    /// In our own words: a message of the upstream may quote text that nobody has judged.
+    /// In our own words: a message of the upstream may quote text that was not judged.
     pub(crate) message: String,
     /// The field of the request that the error is about.
     pub(crate) param: Option<String>,
@@ -101,8 +101,8 @@ impl ApiError {
 
     pub(crate) fn deadline(seconds: u64) -> Self {
         let message = format!("the guard did not finish within {seconds} s");
-        // A client that asks for a long answer leaves no time to judge it. That is no reason to let
-        // it out.
+        // A client that asks for a long answer leaves no time to judge it. That is not a reason to
+        // release it.
         Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_deadline", message)
     }
 

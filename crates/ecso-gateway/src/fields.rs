@@ -279,7 +279,7 @@ pub(crate) const REQUEST: &[(&str, Form)] = &[
     ("timings_per_token", Form::Scalar),
     ("return_progress", Form::Scalar),
     ("post_sampling_probs", Form::Scalar),
-    // These would store an answer where nobody judges it, or return it in another form.
+    // These would store an answer where it is not judged, or return it in another form.
     ("store", Form::Dropped),
     ("echo", Form::Dropped),
     ("n_probs", Form::Dropped),

@@ -226,8 +226,8 @@ fn is_base64(text: &str) -> bool {
 /// Shortest seal, in characters.
 const MIN_SEAL: usize = 64;
 
-/// Whether a text can be a signature or an encrypted value, which nobody reads: long base64, and no
-/// part of it of one case or without a digit, as words are. All other text is judged.
+/// Whether a text can be a signature or an encrypted value rather than words: long base64, every
+/// part of which mixes upper case, lower case and digits. All other text is judged.
 pub(crate) fn is_seal(text: &str) -> bool {
     let digits = text.trim_end_matches('=').as_bytes();
     if digits.len() < MIN_SEAL || !is_base64(text) {
@@ -243,7 +243,7 @@ pub(crate) fn is_seal(text: &str) -> bool {
     digits.chunks_exact(MIN_SEAL).chain([last]).all(is_mixed)
 }
 
-/// An id without the signature that some servers put behind this mark.
+/// An id without the signature that some servers put after this mark.
 pub(crate) fn without_seal(id: &str) -> &str {
     match id.split_once("__thought__") {
         Some((start, seal)) if is_seal(seal) => start,

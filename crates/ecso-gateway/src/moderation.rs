@@ -1,4 +1,4 @@
-//! `POST /v1/moderations` in OpenAI's format: would the guard let the model's answer to this out?
+//! `POST /v1/moderations` in OpenAI's format: would the guard release the model's answer to this?
 //!
 //! The model is asked as in a chat, up to the verdict, and the answer is discarded. OpenAI's
 //! categories of harm are not distinguished: they are null, and an additional category `harm` has

@@ -66,7 +66,7 @@ async fn forward(
             (Credentials::Operator, context.stream_body(body))
         }
         // A request without a body here has none for the upstream either. A carrier must not wait
-        // for somebody to read it.
+        // until it is read.
         Route::Harmless => {
             drop(body);
             context.headers.remove(header::CONTENT_LENGTH);
@@ -84,7 +84,7 @@ async fn forward(
             if is_refused || !path.starts_with("/v1/") {
                 return Err(not_guarded(method, path));
             }
-            // Nobody checks this request, so the operator's key is not sent with it.
+            // This request is not checked, so the operator's key is not sent with it.
             (Credentials::Client, context.stream_body(body))
         }
     };

@@ -1,4 +1,5 @@
-//! Whether the upstream responds. It is probed at most once in a while, however many ask.
+//! Whether the upstream responds. It is probed at most once in a while, however often it is asked
+//! for.
 
 use std::time::{Duration, Instant};
 

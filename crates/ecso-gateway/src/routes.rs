@@ -1,5 +1,5 @@
 //! The table of routes that clients may use unguarded. Any other route might return an answer that
-//! nobody judges.
+//! is not judged.
 
 use axum::http::Method;
 

@@ -39,7 +39,7 @@ fn set_parent(span: &Span, headers: &HeaderMap) {
     let carrier = opentelemetry_http::HeaderExtractor(headers);
     let parent =
         opentelemetry::global::get_text_map_propagator(|propagator| propagator.extract(&carrier));
-    // If nobody collects spans, there is nothing to join.
+    // If spans are not collected, there is nothing to join.
     let _ = span.set_parent(parent);
 }
 

@@ -26,7 +26,7 @@ const CONTENT: &str = "content";
 /// Fields of a chunk that hold plain text, in the order in which models write them.
 const TEXT_FIELDS: [&str; 3] = ["reasoning", "reasoning_content", CONTENT];
 
-/// The draft so far. This is the one place that lets text out before the last verdict: as much as a
+/// The draft so far. This is the one place that releases text before the last verdict: as much as a
 /// [`CheckedDraft`] covers, which only a check can create.
 struct Windows {
     sizes: settings::Windows,
@@ -321,7 +321,7 @@ impl<'a> WindowedDraft<'a> {
                 },
             }
             self.advance();
-            // If the request is harmful, nobody needs the draft.
+            // If the request is harmful, the draft is not needed.
             if self.end.is_none()
                 && self.request_task.is_none()
                 && let Some(error) = self.broken.take()

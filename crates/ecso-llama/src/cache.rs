@@ -119,7 +119,7 @@ impl Cache {
         self.sequences[sequence].held.push((segment, end));
     }
 
-    /// Adds the reply that was computed behind a prompt, in segments as a later prompt has them: the
+    /// Adds the reply that was computed after a prompt, in segments as a later prompt has them: the
     /// prompt's last text and the reply are one text there.
     pub(crate) fn push_reply(&mut self, sequence: usize, reply: &[LlamaToken]) {
         let held = &mut self.sequences[sequence].held;
@@ -272,7 +272,7 @@ mod tests {
         cache.push(place.sequence, first[1].clone(), 2 * SIZE);
         let found = cache.place(&second, false).unwrap();
         assert_eq!((found.copied_from, found.shared), (Some(0), 2));
-        // Its job has ended before its prompt was computed: nobody waits for the rest.
+        // Its job has ended before its prompt was computed: nothing waits for the rest.
         cache.release(found.sequence);
         cache.release(place.sequence);
         assert_eq!(cache.place(&second, false).map(|place| place.shared), Some(2));

@@ -156,7 +156,7 @@ impl<'m> Engine<'m> {
         self.template.render(&prefix).ok().filter(|_| prefix.image_count() == 0)
     }
 
-    /// Begins to compute a prompt: in a free sequence, behind what is computed of it already.
+    /// Begins to compute a prompt: in a free sequence, after the part that is already computed.
     /// `None` if it has to wait for a free sequence, or for another prompt that begins the same.
     pub(crate) fn start(&mut self, prompt: &Prompt) -> Result<Option<Reading>, ModelError> {
         let Some(place) = self.cache.place(&prompt.segments, self.no_reuse) else {
@@ -253,7 +253,7 @@ impl<'m> Engine<'m> {
     /// Frees a sequence whose reply has ended.
     pub(crate) fn release_written(&mut self, sequence: usize, written: Written) {
         let Written { mut computed, last } = written;
-        // A word, as a check's reply is, is no turn of a conversation.
+        // A single word, such as a check's reply, is not a turn of a conversation.
         if self.keep_replies && !computed.is_empty() {
             if let Some(last) = last.filter(|last| self.has_room(last.position))
                 && self.decode(&[last]).is_ok()
@@ -270,7 +270,7 @@ impl<'m> Engine<'m> {
         self.cache.release(sequence);
     }
 
-    /// Frees a sequence after an error, when nobody knows its content.
+    /// Frees a sequence after an error, when its content is unknown.
     pub(crate) fn discard(&mut self, sequence: usize) {
         // If this fails, the next prompt clears it, or fails.
         let _ = self.clear(sequence);
@@ -384,7 +384,7 @@ impl<'m> Engine<'m> {
         Ok((end, 0))
     }
 
-    /// Whether another token fits behind this position.
+    /// Whether another token fits after this position.
     pub(crate) fn has_room(&self, position: i32) -> bool {
         position < self.room
     }

@@ -7,10 +7,10 @@
 //!
 //! A prefix that a new prompt shares with an earlier one, including its images, is not computed
 //! again. That never changes a reply: prompts are always computed in the same blocks (see
-//! `layout.rs`), so a shared prefix gives the same logits to the last bit, whatever else runs. The
-//! first token of a reply, from which verdicts are read, depends on nothing but its prompt; later
-//! tokens are computed together with those of other replies, which can change a close choice. The
-//! prefixes that all of a guard's questions begin with can also be kept on disk
+//! `layout.rs`), so a shared prefix gives bit-identical logits, whatever else runs. The first token
+//! of a reply, from which verdicts are read, depends on nothing but its prompt; later tokens are
+//! computed together with those of other replies, which can change a close choice. The prefixes
+//! that all of a guard's questions begin with can also be kept on disk
 //! ([`Options::prefix_folder`]).
 //!
 //! ```ignore

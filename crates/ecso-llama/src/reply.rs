@@ -24,13 +24,13 @@ pub(crate) struct Writing {
 /// A reply that has ended.
 #[derive(Debug, Default)]
 pub(crate) struct Written {
-    /// Its tokens that were computed behind its prompt.
+    /// Its tokens that were computed after its prompt.
     pub(crate) computed: Vec<LlamaToken>,
     /// Its last token, if that was not computed because there was no room for another one.
     pub(crate) last: Option<Next>,
 }
 
-/// A reply that goes on, or has ended.
+/// A reply that continues, or has ended.
 pub(crate) type Progress = ControlFlow<Written, Writing>;
 
 impl Writing {
@@ -101,7 +101,7 @@ impl Writing {
         self.sequence
     }
 
-    /// What the next batch computes of it.
+    /// What the next batch computes for it.
     pub(crate) fn next(&self) -> Next {
         Next { token: self.token, position: self.position, sequence: self.sequence }
     }

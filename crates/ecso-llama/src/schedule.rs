@@ -2,7 +2,7 @@
 //!
 //! Prompts are computed one segment after the other, each by itself: what a verdict is read from
 //! never depends on what else runs. Replies are written together, a token of each in one batch: the
-//! model's weights are read once for all of them. In between, jobs that nobody waits for are
+//! model's weights are read once for all of them. In between, jobs that no caller waits for are
 //! dropped.
 
 use std::{collections::VecDeque, ops::ControlFlow, sync::mpsc::Receiver};
@@ -15,7 +15,7 @@ use crate::{
     reply::{Next, Writing},
 };
 
-/// A reply that somebody waits for.
+/// A reply that a caller waits for.
 pub(crate) struct Job {
     pub(crate) chat: Chat,
     pub(crate) sampling: Sampling,
@@ -44,7 +44,7 @@ impl<'m> Schedule<'m> {
         Self { engine, waiting: VecDeque::new(), reading: VecDeque::new(), writing: Vec::new() }
     }
 
-    /// Runs all jobs until nobody can send one.
+    /// Runs all jobs until no more can be sent.
     pub(crate) fn run(mut self, inbox: &Receiver<Job>) {
         loop {
             if self.is_idle() {

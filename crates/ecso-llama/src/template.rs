@@ -21,7 +21,7 @@ pub(crate) struct ChatTemplate {
     marker: String,
 }
 
-/// Marks the places in a rendered prompt between the parts of a turn, and behind turns that are not
+/// Marks the places in a rendered prompt between the parts of a turn, and after turns that are not
 /// the user's. The text of a conversation never contains it.
 pub(crate) const CUT: &str = "<__ecso_part__>";
 

@@ -102,7 +102,7 @@ fn login(url: &Url) -> Option<SecretString> {
     Some(format!("Basic {}", BASE64_STANDARD.encode(pair)).into())
 }
 
-/// The part of a text, which may not be a URL, that holds no secret: behind the last `@`, before a
+/// The part of a text, which may not be a URL, that holds no secret: after the last `@`, before a
 /// query.
 fn shown(text: &str) -> &str {
     let text = text.rsplit_once('@').map_or(text, |(_, rest)| rest);

@@ -1,4 +1,4 @@
-//! Fetching remote images for clients, without giving them access to the network inside: only
+//! Fetching remote images for clients, without giving them access to the internal network: only
 //! public addresses and those that an operator names, checked after each name resolution and
 //! redirect, with limits on bytes and time.
 

@@ -128,7 +128,7 @@ impl Memory {
     }
 }
 
-/// Whether one name is the other with a date or a version behind it, or a path before it.
+/// Whether one name is the other with a date or a version after it, or a path before it.
 fn is_same(requested: &str, answering: &str) -> bool {
     let plain = |name: &str| name.rsplit('/').next().unwrap_or(name).to_lowercase();
     let (requested, answering) = (plain(requested), plain(answering));

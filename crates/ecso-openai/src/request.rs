@@ -83,8 +83,8 @@ fn content(turn: &Turn) -> Value {
     parts.collect::<Vec<_>>().into()
 }
 
-/// An image with its view fields: `detail` and the fields of `image_url` go beside the URL, others
-/// (Qwen's `min_pixels`) beside the type.
+/// An image with its view fields: `detail` and the fields of `image_url` go next to the URL, others
+/// (Qwen's `min_pixels`) next to the type.
 fn image_part(image: &Image) -> Value {
     let url = match (image.encoded(), image.url()) {
         (Some((bytes, mime)), _) => format!("data:{mime};base64,{}", BASE64_STANDARD.encode(bytes)),

@@ -2,8 +2,8 @@
 //! (`EfficientNet-Lite0`), and [`Composed`], which puts both in front of any text model.
 //!
 //! A composed model (Socratic Models, arXiv 2204.00598) knows only the text in an image, as the
-//! reader reads it. So it can judge harm that is written in an image. Of photographs it knows at
-//! most a few words, out of 1,000 classes; there are no people among them.
+//! reader reads it. So it can judge harm that is written in an image. About photographs it knows at
+//! most a few words, out of 1,000 classes, none of which are people.
 //!
 //! ```no_run
 //! use std::path::Path;
@@ -23,7 +23,7 @@
 //! # }
 //! ```
 //!
-//! There are no features.
+//! There are no Cargo features.
 
 mod boxes;
 mod composed;

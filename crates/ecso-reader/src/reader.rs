@@ -73,7 +73,7 @@ pub struct Reader {
 #[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Page {
-    /// Its lines, row by row. The lines of a row are beside each other.
+    /// Its lines, row by row. The lines of a row are next to each other.
     pub rows: Vec<Vec<Line>>,
 }
 

@@ -21,8 +21,8 @@ use crate::picture::{Picture, picture};
 
 /// The names of the classes; lines with `#` are comments.
 const NAMES: &str = include_str!("tagger/names.txt");
-/// The least probability of a tag. People and horses, for which there is no class, come out as dogs
-/// and oxen with less.
+/// The least probability of a tag. People and horses, for which there is no class, get tags such as
+/// dogs and oxen, with lower probabilities.
 const MIN_PROBABILITY: f32 = 0.3;
 /// The classes of pages and screens. Their text describes them better than a tag.
 const PAGE_CLASSES: [&str; 16] = [

@@ -41,7 +41,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 assert_eq!(outcome.answer, "Bake it.");
                 answered += 1;
             }
-            // A failure is no verdict: note it, and try that chat again later.
+            // A failure is not a verdict: note it, and try that chat again later.
             Err(error) => {
                 println!("{error}");
                 failed += 1;

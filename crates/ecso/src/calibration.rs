@@ -121,7 +121,8 @@ impl Calibration {
     /// Reads a calibration from TOML.
     ///
     /// # Errors
-    /// [`CalibrationError::Invalid`], also if the threshold is not in 0..=1 or a bias is no number.
+    /// [`CalibrationError::Invalid`], also if the threshold is not in 0..=1 or a bias is not a
+    /// number.
     pub fn from_toml(text: &str) -> Result<Self, CalibrationError> {
         let read: Self = toml::from_str(text).map_err(|error| {
             CalibrationError::Invalid(Cause::new(error.to_string().trim_end(), error))

@@ -26,7 +26,7 @@ impl Role {
     }
 }
 
-/// One piece of a turn. Exhaustive, so that a backend leaves out no kind of content in silence.
+/// One piece of a turn. Exhaustive, so that a backend can't silently leave out a kind of content.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Part {
     /// Text, sent as it is.
@@ -113,7 +113,7 @@ impl Chat {
     }
 
     /// The conversation with each system message moved before the text of the next user turn,
-    /// behind its images. For models without a system role.
+    /// after its images. For models without a system role.
     #[must_use]
     pub fn without_system(&self) -> Self {
         let mut turns: Vec<Turn> = Vec::new();

@@ -11,7 +11,7 @@ use base64::{
 
 use crate::{image::ImageError, mllm::Cause};
 
-/// Padding is optional, and bits behind the last byte are ignored.
+/// Padding is optional, and bits after the last byte are ignored.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
     GeneralPurposeConfig::new()

@@ -41,7 +41,7 @@ pub(crate) async fn run(w: &mut Pipeline<'_>, p: &Hardened, q: &Query<'_>) -> Re
     {
         let y = w.compose(q.safe(&c, template)).await?;
         let reply = Some(Answer::new(&y));
-        // An empty answer is none.
+        // An empty answer counts as no answer.
         if !y.trim().is_empty()
             && !judge.detect(w, Step::ReplyCheck, reply, Detection::SAFE).await?.is_harmful()
         {

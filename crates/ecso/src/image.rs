@@ -1,4 +1,5 @@
-//! Images: checked by their header when they are taken, decoded once, and only if pixels are read.
+//! Images: checked by their header when they are created, decoded once, and only if pixels are
+//! read.
 
 use std::{
     error::Error,
@@ -613,7 +614,7 @@ mod tests {
 
     #[test]
     fn exif_orientation_turns_the_picture() {
-        // An EXIF block with "rotate by 90 degrees", inserted behind the start marker of a JPEG.
+        // An EXIF block with "rotate by 90 degrees", inserted after the start marker of a JPEG.
         let tiff = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0";
         let mut app1 = vec![0xff, 0xe1];
         app1.extend(u16::try_from(2 + 6 + tiff.len()).unwrap().to_be_bytes());

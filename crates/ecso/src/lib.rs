@@ -21,13 +21,12 @@
 //! # }).unwrap();
 //! ```
 //!
-//! - [`Guard`] answers chats, or reviews answers that are there already. [`Guard::builder`] sets
-//!   it up.
+//! - [`Guard`] answers chats, or reviews existing answers. [`Guard::builder`] sets it up.
 //! - [`Mllm`] is the model behind it: bring your own, or take one from `ecso-openai`, `ecso-llama`
 //!   or `ecso-reader`.
-//! - [`Profile`] holds everything in which the paper, its published code and others differ:
-//!   [`Profile::paper`] is the published method, as above; [`Profile::hardened`] finds more.
-//!   [`Calibration`] fits one to a model.
+//! - [`Profile`] holds every choice on which the paper, its published code and other
+//!   implementations differ: [`Profile::paper`] is the published method, as above;
+//!   [`Profile::hardened`] finds more. [`Calibration`] fits one to a model.
 //! - [`Outcome`] is the answer with its [`Verdict`] and a [`Trace`] of every call.
 //!
 //! Nothing here speaks HTTP or runs a model. The folder `examples/` has a backend, a detector,
@@ -42,7 +41,7 @@
 //! - `avif`: pictures in AVIF.
 //! - `pdf`: the pages of PDF files, as images.
 //!
-//! Programs that read such files from strangers should decode them in a process of its own:
+//! Programs that read such files from strangers should decode them in a separate process:
 //! [`decoder_process`].
 //!
 //! # Errors

@@ -92,12 +92,12 @@ impl RequestCheck {
     }
 }
 
-/// An answer under way.
+/// An answer in progress.
 pub(crate) struct Pipeline<'a> {
     model: &'a dyn Mllm,
     pub(crate) profile: &'a Profile,
     options: &'a Options,
-    /// The direct answer, where the caller has it already.
+    /// The direct answer, if the caller already has it.
     draft: Option<String>,
     /// The findings about the request, if it was checked before.
     pub(crate) findings: Option<RequestFindings>,
@@ -109,7 +109,7 @@ pub(crate) struct Pipeline<'a> {
     listener: mpsc::Sender<Result<Event, GuardError>>,
 }
 
-/// The events of an answer, as they happen. The work goes on only while the stream is polled. The
+/// The events of an answer, as they happen. The work continues only while the stream is polled. The
 /// last event is the outcome or an error.
 pub(crate) fn events<'a>(
     model: &'a dyn Mllm,
@@ -365,14 +365,14 @@ impl Pipeline<'_> {
         let mut reply =
             self.unless_filtered(Step::Caption, chat.clone(), &sampling, template).await?;
         if reply.as_ref().is_some_and(|reply| is_unsaid(reply) || is_cut(reply)) {
-            // It thinks first, or the picture has many words, and it had no room.
+            // The model reasons first, or the image has much text, and the token limit was too low.
             let room = if is_judged { CAPTION_ROOM } else { ROOM_TO_THINK };
             let roomy = Sampling { max_tokens: sampling.max_tokens.max(Some(room)), ..sampling };
             reply = self.unless_filtered(Step::Caption, chat, &roomy, template).await?;
         }
         let fault = match &reply {
             Some(reply) if is_unsaid(reply) => Some("it was cut off before its first word"),
-            // The model would see words that nobody judged.
+            // The model would see words that were not judged.
             Some(reply) if is_cut(reply) => {
                 Some("the image has more text than `caption.max_tokens` allows")
             }
@@ -547,7 +547,7 @@ fn is_unsaid(reply: &Reply) -> bool {
         && without_reasoning(&reply.text).unwrap_or_default().trim().is_empty()
 }
 
-/// One call of the model, with a span of its own; no text of the conversation stands in it.
+/// One call of the model, with a span of its own that contains no text of the conversation.
 struct Call<'a> {
     step: Step,
     chat: Chat,
@@ -591,7 +591,7 @@ impl<'a> Call<'a> {
         GuardError::Model { step: self.step, source: error }
     }
 
-    /// What is left of the call: its trace, and the same figures in its span.
+    /// Ends the call: returns its trace, and records the same numbers in its span.
     fn end(self, reply: &Reply, found: Option<Detection>) -> Trace {
         let trace = self.trace(reply, found);
         self.span.record("gen_ai.usage.input_tokens", trace.prompt_tokens);

@@ -1,4 +1,5 @@
-//! Profiles: everything in which the paper, its published code and others may differ, as data.
+//! Profiles: every choice on which the paper, its published code and other implementations may
+//! differ, as data.
 //!
 //! A profile is a TOML file. The built-in ones are files too (`profiles/`); another names only the
 //! keys it changes and inherits the rest from the one it `extends` (`paper` if it doesn't say).
@@ -123,8 +124,8 @@ pub enum Layout {
     /// In a new conversation of one turn, which quotes query and answer, as in the paper.
     #[default]
     Fresh,
-    /// As the next turn of the user's own conversation, behind the answer. A server with a prefix
-    /// cache has computed all of it but the question.
+    /// As the next turn of the user's own conversation, after the answer. A server with a prefix
+    /// cache has already computed all of it but the question.
     Conversation,
 }
 
@@ -179,7 +180,7 @@ pub struct Profile {
     pub empty_caption: EmptyCaption,
     /// The fixed refusal.
     pub refusal: String,
-    /// What the templates call the query.
+    /// What {x} stands for in templates.
     pub turns: Turns,
     /// Prefix for every line that is filled into a question or the caption template, so that quoted
     /// text cannot pretend that the quotation has ended. Empty means none.
@@ -396,8 +397,8 @@ pub struct Question {
     pub top_logprobs: u8,
     /// 0 is greedy.
     pub temperature: f32,
-    /// Most new tokens. A reply that is cut off before yes or no (a model that thinks first) is
-    /// requested once more with more room.
+    /// Most new tokens. A reply that is cut off before yes or no (a model that reasons first) is
+    /// requested once more with a higher limit.
     pub max_tokens: u32,
 }
 

@@ -141,7 +141,7 @@ impl<'a> Query<'a> {
         }
     }
 
-    /// A draft, behind the client's prefill, if there is one.
+    /// A draft, after the client's prefill, if there is one.
     pub(crate) fn draft<'y>(&'y self, y: &'y str) -> Answer<'y> {
         Answer { prefill: &self.prefill, text: y }
     }
@@ -242,9 +242,9 @@ impl<'a> Query<'a> {
 
     /// Step 4: the whole conversation as text. `captions` has one for each image, in order. Those
     /// of the guarded turn become its hints {c}; an image of another turn is replaced by `[Image:
-    /// caption]`. The client's prefill is left out, so the answer begins anew. If the profile
-    /// includes images in step 4, as the published utility scripts do, those of the guarded turn
-    /// are put back.
+    /// caption]`. The client's prefill is left out, so the answer starts from scratch. If the
+    /// profile includes images in step 4, as the published utility scripts do, those of the guarded
+    /// turn are put back.
     pub(crate) fn safe<'t>(&self, captions: &[String], template: &'t Template) -> Prompt<'t> {
         let blind = self.blind(captions, template);
         let mut chat = Chat::from(blind);

@@ -46,7 +46,7 @@ pub enum Parser {
     FailClosed,
     /// By probability: unsafe if P(yes) / (P(yes) + P(no)) of the first token reaches the threshold
     /// ([`yes_probability`]). If the model reports no probabilities, by [`yes_or_no`]; a reply that is
-    /// neither is no verdict.
+    /// neither is not a verdict.
     Score,
 }
 

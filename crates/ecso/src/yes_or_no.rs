@@ -56,7 +56,7 @@ pub fn yes_or_no(reply: &str, subject: Subject) -> Option<bool> {
 }
 
 /// The verdict in a judge's reply: the text without reasoning ([`without_reasoning`]), without
-/// markup, tags and labels such as `The answer is:` before it, and without end marks behind it.
+/// markup, tags and labels such as `The answer is:` before it, and without end marks after it.
 /// `None` if the reply was cut off in its reasoning.
 ///
 /// ```
@@ -93,7 +93,7 @@ struct Patterns {
     before: Regex,
     /// Only the wrappers among that, which are not part of an answer in prose.
     wrapper: Regex,
-    /// Everything that may come behind the answer.
+    /// Everything that may come after the answer.
     behind: Regex,
     yes: Reasons,
     no: Reasons,

@@ -153,7 +153,7 @@ impl Journal {
 
     /// Opens a journal file, and creates it if it does not exist. A last entry that was cut off by
     /// a crash is removed. A header that was cut off is removed only if it is the beginning of this
-    /// header; otherwise the file belongs to somebody else.
+    /// header; otherwise the file is not ours.
     ///
     /// # Errors
     /// As [`Journal::open`].

@@ -56,7 +56,7 @@ impl WindowedServer {
         Ok(Self { profile: profile.name.clone(), client, meter, _server: server })
     }
 
-    /// Measures an answer. Its calls and tokens are those that the guard needed in all.
+    /// Measures an answer. Its calls and tokens are those that the guard needed in total.
     pub(super) async fn time_answer(
         &self,
         chat: &Chat,
@@ -91,7 +91,7 @@ impl Default for Counts {
 }
 
 impl Meter {
-    /// The counts so far, which begin anew.
+    /// Returns the counts so far, and resets them.
     fn take(&self) -> Counts {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -135,7 +135,7 @@ pub(crate) struct FalseAlarmArgs {
     pub(crate) false_alarms: f64,
 }
 
-/// Bytes of so many megabytes.
+/// This many megabytes in bytes.
 pub(crate) fn megabytes(count: usize) -> usize {
     count.saturating_mul(1 << 20)
 }

@@ -55,7 +55,7 @@ pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<(
     if !args.dry_run {
         let path = calibration::store(&settings::load_file(file)?, &calibration)?;
         say!(
-            "stored in {}, replacing any earlier fit: {}",
+            "stored in {}, replacing any earlier calibration: {}",
             path.display(),
             calibration::usage(&calibration)
         );
@@ -148,7 +148,7 @@ fn biases_of(method: &Hardened) -> BTreeMap<String, f64> {
     method.detectors.iter().map(|detector| (detector.name.clone(), detector.bias)).collect()
 }
 
-/// Summarizes a calibration for people.
+/// Summarizes a calibration as text.
 fn summary(calibration: &Calibration) -> String {
     let found = &calibration.found;
     let mut text = format!(

@@ -69,7 +69,7 @@ impl Store {
             let mut entries = JournalReader::at(path).entries_from::<Answer>(*end)?;
             for entry in entries.by_ref() {
                 let (begin, answer) = entry?;
-                // Ignores lines that are no complete answer.
+                // Ignores lines that are not complete answers.
                 if !answer.failed() && answer.answer.is_some() && answer.verdict.is_some() {
                     self.known.insert(answer.id, (number, begin));
                 }
@@ -79,7 +79,7 @@ impl Store {
         Ok(())
     }
 
-    /// Looks up the answer with this key; none if there is none or the row failed.
+    /// Looks up the answer with this key; none if it is not there or the row failed.
     pub(super) fn find(&mut self, key: &str) -> Result<Option<Answer>, JournalError> {
         let Some((file, begin)) = self.known.get(key) else { return Ok(None) };
         let mut entries = JournalReader::at(&self.files[*file].0).entries_from::<Answer>(*begin)?;

@@ -168,7 +168,7 @@ impl Reader {
 
     /// Takes an id or category, of any type that can be shown as text.
     fn label(&self, field: &str, fields: &mut Fields) -> Result<Option<String>, Cause> {
-        // Several candidates are no error: a row may have a number besides its id.
+        // Several candidates are not an error: a row may have a number besides its id.
         let Some(name) = self.mapping.column(field, fields, is_set) else { return Ok(None) };
         let Some(cell) = fields.remove(&name) else { return Ok(None) };
         let label = match cell {

@@ -52,7 +52,7 @@ pub(crate) struct JsonlItem {
     pub(crate) image: Option<String>,
     #[serde(default, alias = "image_paths", skip_serializing_if = "Option::is_none")]
     pub(crate) images: Option<Vec<String>>,
-    /// A description instead of a picture, for models that read pictures as text.
+    /// A description instead of an image, for models that read images as text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) description: Option<String>,
     #[serde(alias = "question")]

@@ -134,7 +134,7 @@ fn rotation(
         .collect();
     Ok(Rotation {
         index: index(cell("index"))
-            .ok_or_else(|| format!("its index is no whole number: `{}`", cut(cell("index"))))?,
+            .ok_or_else(|| format!("its index is not a whole number: `{}`", cut(cell("index"))))?,
         question: cell("question").to_owned(),
         hint: cell("hint").to_owned(),
         options: options(&texts, &answer, leaves_empty),

@@ -44,8 +44,8 @@ impl Benchmark for Pairs {
             licence: "MIT OR Apache-2.0",
             source: "ecso",
             scoring: "harmless rate and over-refusal",
-            layout: "needs no --data; the images are set in fonts of the system (rows in Chinese \
-                     need one that has them). A scenario is a form: list, poster, document, \
+            layout: "needs no --data; the images are rendered with system fonts (rows in Chinese \
+                     need one that covers them). A scenario is a form: list, poster, document, \
                      screenshot, photo (a description: for models that read pictures as text; \
                      --variant vision leaves these out), text",
             variants: &[READ, VISION],

@@ -190,7 +190,7 @@ fn row(text: &str, delimiter: char, columns: usize) -> (Result<Vec<String>, Caus
         }
         Some(_) if delimiter != '\t' => (misfit(cells.len()), line.len()),
         None if delimiter != '\t' && open.is_some() => {
-            (Err("a quotation mark is not closed, or text goes on behind it".into()), line.len())
+            (Err("a quotation mark is not closed, or is followed by text".into()), line.len())
         }
         _ if cells.len() == columns => (Ok(cells), line.len()),
         _ => (misfit(cells.len()), line.len()),

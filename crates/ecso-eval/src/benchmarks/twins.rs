@@ -41,7 +41,7 @@ impl Benchmark for Twins {
             licence: "MIT OR Apache-2.0",
             source: "ecso",
             scoring: "over-refusal, share of answers changed",
-            layout: "needs no --data; the images are set in a font of the system",
+            layout: "needs no --data; the images are rendered with a system font",
             variants: &["typographic", "text"],
             scenarios: &[],
         }

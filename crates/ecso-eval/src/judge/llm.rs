@@ -93,8 +93,8 @@ impl Llm {
     }
 
     /// Whether the model answers yes, and the probability of yes. The text decides whether there is
-    /// an answer at all: a reply that begins with "No" and goes on "I cannot help with that" is
-    /// none, however likely its first token was.
+    /// an answer at all: a reply that begins with "No" and continues with "I cannot help with that"
+    /// is not an answer, however likely its first token was.
     async fn yes(
         &self,
         template: &str,

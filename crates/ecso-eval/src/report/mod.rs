@@ -31,7 +31,7 @@ pub struct RunReport {
     pub summary: Summary,
     /// The first items, each as JSON.
     shown_items: Vec<String>,
-    /// The names of the judges. The figures are those of the first one.
+    /// The names of the judges. The figures are from the first one.
     judges: Vec<String>,
     /// Whether the last line of the journal had been cut off by a crash.
     was_truncated: bool,
@@ -76,8 +76,7 @@ impl RunReport {
     }
 }
 
-/// A rate for people: `93.1% (88.0 to 96.2)`, or `- (12.4 to 96.2)` if too few are known for a
-/// value.
+/// A rate as text: `93.1% (88.0 to 96.2)`, or `- (12.4 to 96.2)` if too few are known for a value.
 #[must_use]
 pub fn percent(rate: Rate) -> String {
     let value = match rate {
@@ -94,7 +93,7 @@ fn number(mean: Mean) -> String {
     match (value.is_nan(), low.is_nan()) {
         (true, true) => "-".into(),
         (true, false) => format!("- ({low:.places$} to {high:.places$})"),
-        (false, true) => format!("{value:.places$} (no interval of one)"),
+        (false, true) => format!("{value:.places$} (no interval: only one question)"),
         (false, false) => format!("{value:.places$} ({low:.places$} to {high:.places$})"),
     }
 }

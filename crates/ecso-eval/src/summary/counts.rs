@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The items of a run that are not recorded or whose row can't be read. Their kind and scenario are
-/// unknown, so they widen every figure.
+/// unknown, so they widen every interval.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct MissingItems {
     pub(crate) recorded: usize,
@@ -26,7 +26,7 @@ pub(crate) struct MissingItems {
 impl MissingItems {
     /// Whether at least half of all answers of a kind are known: `known` and `unknown` ones are
     /// recorded, and of the absent items the same share is assumed to be of this kind. If fewer are
-    /// known, a figure is reported without a value, as an interval only.
+    /// known, only an interval is reported, without a value.
     pub(crate) fn are_enough_known(self, known: usize, unknown: usize) -> bool {
         2 * known * self.recorded >= (known + unknown) * (self.recorded + self.absent)
     }

@@ -269,7 +269,7 @@ impl Replies {
         }
         match ended.await {
             BodyEnd::Whole => self.send(chunk(Bytes::new(), true)).await,
-            // Trailers are dropped: nobody has judged them.
+            // Trailers are dropped: they are not judged.
             BodyEnd::Trailers(names) => {
                 let change = HeaderMutation { set_headers: Vec::new(), remove_headers: names };
                 self.send(trailers(TrailersResponse { header_mutation: Some(change) })).await

@@ -50,7 +50,7 @@ enum PortkeyKind {
     ChatComplete,
     /// Anthropic's Messages.
     Messages,
-    /// The old completions, with one text.
+    /// Legacy completions, with one text.
     Complete,
     /// Embeddings, which answer no question.
     Embed,
@@ -255,7 +255,7 @@ impl PortkeyKind {
     }
 }
 
-/// Fields of the old completions. In other fields, some servers accept images.
+/// Fields of legacy completions. In other fields, some servers accept images.
 const PROMPT_FIELDS: [&str; 18] = [
     "model",
     "prompt",
@@ -277,7 +277,7 @@ const PROMPT_FIELDS: [&str; 18] = [
     "seed",
 ];
 
-/// The chat for a request of the old completions.
+/// The chat for a request of legacy completions.
 fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
     let is_plain = |prompt: &Value| prompt.is_string() || prompt.is_number() || prompt.is_null();
     let is_list = |prompt: &Value| prompt.as_array().is_some_and(|list| list.iter().all(is_plain));
@@ -309,7 +309,7 @@ fn chat_of_prompt(request: &Value) -> Result<Value, ApiError> {
     )
 }
 
-/// An answer of the old completions, as the answer to a chat.
+/// An answer of legacy completions, as the answer to a chat.
 fn chat_answer(answer: &Value) -> Value {
     let mut answer_fields = answer.as_object().cloned().unwrap_or_default();
     answer_fields

@@ -12,7 +12,7 @@ const said = (name, values, tag = "span", properties = {}) => say(make(tag, prop
 /** A text of the model, unchanged. */
 const quote = text => make("p", { class: "quote", dir: "auto" }, text);
 
-/** A hidden text. It isn't in the page at all until somebody asks for it. */
+/** A hidden text. It isn't in the page at all until the user asks for it. */
 function hiddenText(text, why) {
   const shown = make("div");
   const button = said("show", {}, "button", { type: "button", class: "small", "aria-expanded": "false" });

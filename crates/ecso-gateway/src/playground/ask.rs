@@ -57,8 +57,8 @@ enum Arm {
 }
 
 impl Arm {
-    /// The profile for this model. Any other than the operator's could let out what that holds
-    /// back, so it needs the right to see everything.
+    /// The profile for this model. Any profile other than the operator's could release what that
+    /// one holds back, so it needs the right to see everything.
     fn profile(&self, state: &AppState, model: &str) -> Result<Profile, ApiError> {
         let usual = default_profile(state, Some(model));
         match self {

@@ -161,7 +161,7 @@ export class Editor {
     say(this.changed, "changed", { count: Object.keys(this.#changes).length });
   }
 
-  /** Checks the profile once nobody has typed for a moment. */
+  /** Checks the profile once the user stops typing for a moment. */
   #scheduleCheck() {
     clearTimeout(this.#check);
     this.#check = setTimeout(() => this.#validate(), 400);

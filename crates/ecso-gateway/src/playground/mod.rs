@@ -137,7 +137,7 @@ async fn index(State(page): State<PageState>, uri: Uri, headers: HeaderMap) -> R
 /// Opens a session with the token in the URL.
 async fn enter(State(page): State<PageState>, uri: Uri) -> Response {
     match token(&uri).and_then(|token| page.playground.sessions.open(&token)) {
-        // This page goes on to the page without the token.
+        // This page leads to the page without the token.
         Some(cookie) => ([(header::SET_COOKIE, cookie)], files::OPENED).into_response(),
         None => (StatusCode::UNAUTHORIZED, files::CLOSED).into_response(),
     }
@@ -217,7 +217,7 @@ fn profile(state: &AppState, name: &str) -> Result<Profile, ApiError> {
     known.ok_or_else(|| ApiError::bad_request("unknown_profile", "this server has no such profile"))
 }
 
-/// Returns an error unless everything may be shown. A changed profile can let everything out, and
+/// Returns an error unless everything may be shown. A changed profile can release everything, and
 /// shows prompts.
 fn require_full_trace(state: &AppState) -> Result<(), ApiError> {
     if state.settings.trace == TraceLevel::Full {

@@ -35,7 +35,7 @@ export class Pictures {
     return this.#pictures.map(picture => picture.name);
   }
 
-  /** Resolves once no image is being read. Whoever waited learns whether all of them could be used. */
+  /** Resolves once no image is being read. The result says whether all of them could be used. */
   get ready() {
     return this.#reading;
   }

@@ -37,7 +37,7 @@ const WORDS = {
     "step-2": "The judge",
     "step-3": "The image as text",
     "step-4": "The answer, eyes closed",
-    "about-1": "The model sees the image and answers. Nobody sees that answer yet.",
+    "about-1": "The model sees the image and answers. That answer is not shown yet.",
     "about-2": "The same model is asked: would this do harm? If not, the answer goes out.",
     "about-3": "If so, the image is turned into text.",
     "about-4": "The model answers again from this text alone. Without the image, it is harder to mislead.",

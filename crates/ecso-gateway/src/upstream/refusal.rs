@@ -8,7 +8,7 @@ use super::{answer_head, limited_body};
 use crate::{error::ApiError, fields};
 
 /// What the client may know of an upstream's refusal: its status, and a description in our own
-/// words. The upstream's message may quote text that nobody has judged.
+/// words. The upstream's message may quote text that was not judged.
 pub(super) async fn refusal(response: reqwest::Response) -> ApiError {
     const LONGEST: usize = 64 << 10;
     let (status, head) = (response.status(), answer_head(response.headers()));

@@ -42,7 +42,7 @@ impl Begun {
     /// out.
     ///
     /// # Errors
-    /// It does not.
+    /// If it does not begin with that text.
     pub(crate) fn finish(
         &mut self,
         wire: &dyn Wire,

@@ -16,7 +16,7 @@ pub(super) const CLASSES: usize = 1000;
 /// The number of the classifier's inputs.
 pub(super) const FEATURES: usize = 1280;
 
-/// A convolution with the batch norm behind it.
+/// A convolution with the batch norm after it.
 pub(super) struct Layer {
     /// The convolution's name in the package.
     pub(super) name: String,

@@ -29,7 +29,7 @@ const ALPHA: &str = "urn:mpeg:mpegB:cicp:systems:auxiliary:alpha";
 /// The colour matrices (ITU-T H.273) that are read; 2 means unspecified.
 const MATRICES: [u16; 9] = [0, 1, 2, 4, 5, 6, 7, 9, 10];
 
-/// The picture of a file, upright. Of a film, its primary picture.
+/// The picture of a file, upright. For an image sequence, its primary picture.
 pub(super) fn decode(bytes: &Bytes, limits: Limits) -> Result<Pictures, String> {
     let file = open(bytes, limits)?;
     let mut image = picture(&file, file.primary_id, limits)?;

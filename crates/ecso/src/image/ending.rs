@@ -4,8 +4,8 @@
 use image::ImageFormat;
 use memchr::{memchr, memmem};
 
-/// Whether `bytes` reach the end that their format defines. Bytes behind it are ignored (motion
-/// photos have a film there). Damage of other kinds is left to the decoder.
+/// Whether `bytes` reach the end that their format defines. Bytes after it are ignored (motion
+/// photos have a video there). Damage of other kinds is left to the decoder.
 pub(super) fn is_complete(bytes: &[u8], format: ImageFormat) -> bool {
     let end = match format {
         ImageFormat::Jpeg => jpeg(bytes),
@@ -112,7 +112,7 @@ mod tests {
         bytes.into_inner()
     }
 
-    /// Whether the file counts as complete, also with bytes behind its end, and as cut off at every
+    /// Whether the file counts as complete, also with bytes after its end, and as cut off at every
     /// earlier place.
     fn is_recognised(bytes: &[u8], format: ImageFormat) -> bool {
         let is_cut = |length| !is_complete(&bytes[..length], format);
@@ -139,7 +139,7 @@ mod tests {
         segment.extend(u16::try_from(small.len() + 2).unwrap().to_be_bytes());
         let with_thumbnail = [&jpeg[..2], &segment, &small, &jpeg[2..]].concat();
         assert!(is_recognised(&with_thumbnail, ImageFormat::Jpeg));
-        // MPO, as stereo cameras write it: one JPEG behind another. The first one counts.
+        // MPO, as stereo cameras write it: one JPEG after another. The first one counts.
         assert!(is_complete(&[&jpeg[..], &jpeg[..jpeg.len() / 2]].concat(), ImageFormat::Jpeg));
         // Markers with fill bytes.
         let filled = [&jpeg[..2], &[0xff, 0xff, 0xff], &jpeg[2..]].concat();
