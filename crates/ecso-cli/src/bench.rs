@@ -1,6 +1,7 @@
 //! `ecso bench`: measures what the guard costs on this machine and with this model, in time and
 //! tokens.
 
+mod meter;
 mod report;
 mod timing;
 mod windowed;
@@ -40,6 +41,7 @@ const LONG_PROMPT: usize = 400;
 
 pub(crate) fn run(args: &BenchArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let settings = settings::load(file, &args.model, &args.profile)?;
+    profiles::report_fit(&settings)?;
     let bench = Bench::new(args, &settings)?;
     let runtime = tokio::runtime::Runtime::new().context("can't start the async runtime")?;
     let mut report = bench.empty_report();
@@ -218,7 +220,8 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Measures one answer, to a request that shares no prefix with earlier ones.
+    /// Measures one answer, to a request that shares no prefix with earlier ones. Questions of the
+    /// guard may: some quote nothing but the picture.
     async fn answer(&mut self, arm: Arm<'_>, chat: &Chat) -> anyhow::Result<Timing> {
         let chat = self.with_new_prefix(chat);
         time_answer(&self.model, arm, &chat, self.bench.max_new_tokens).await

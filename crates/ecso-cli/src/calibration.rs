@@ -2,12 +2,17 @@
 //! model's digest. `ecso tune` and `ecso eval calibrate` make them. The profile's own threshold and
 //! biases were fitted to `mini`. A server's model is known by its address and name.
 
-use std::path::PathBuf;
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Once,
+};
 
 use anyhow::Context;
 use ecso::{Calibration, Profile, calibration::Fit};
+use serde::Serialize;
 
-use crate::{backend, settings::Settings};
+use crate::{backend, files, settings::Settings};
 
 /// Shown for a profile that uses a calibration for its model.
 pub(crate) const FITTED: &str = "fitted to this model";
@@ -22,16 +27,25 @@ pub(crate) const BUILT_IN: &str = "fitted to mini";
 /// A calibration is stored only with at least this many requests; half of them are for fitting.
 const ENOUGH: usize = 60;
 
-/// Why a calibration is not worth keeping, if it isn't.
+/// Why a calibration is not worth storing, if it isn't.
 pub(crate) fn fault(calibration: &Calibration) -> Option<String> {
-    if calibration.items < ENOUGH {
-        return Some(format!(
-            "with {} requests, no calibration is stored: at least {ENOUGH} are needed",
-            calibration.items
-        ));
+    let Calibration { items, found, .. } = calibration;
+    if *items < ENOUGH {
+        Some(format!("at least {ENOUGH} requests are needed, and there are {items}"))
+    } else if !found.flags_anything() {
+        let allowed = 100.0 * found.false_alarms;
+        Some(format!(
+            "only a threshold that flags nothing keeps to {allowed:.1}% of the harmless requests \
+             (--false-alarms)"
+        ))
+    } else if !found.separates() {
+        Some(
+            "it does not flag clearly more harmful than harmless requests in the held-out half"
+                .into(),
+        )
+    } else {
+        None
     }
-    let told = "no calibration is stored: on the held-out half, it does not flag clearly more harmful than harmless requests";
-    (!calibration.found.separates()).then(|| told.to_owned())
 }
 
 fn folder(settings: &Settings) -> PathBuf {
@@ -42,38 +56,91 @@ fn path(settings: &Settings, model_digest: &str) -> PathBuf {
     folder(settings).join(format!("{}.toml", &blake3::hash(model_digest.as_bytes()).to_hex()[..16]))
 }
 
+/// The text of a calibration's file; `None` if there is none.
+fn read(path: &Path) -> anyhow::Result<Option<String>> {
+    match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => text.map(Some).with_context(|| path.display().to_string()),
+    }
+}
+
 /// Whether a calibration of one of the server's models is stored.
 fn is_of_server(settings: &Settings) -> bool {
     let files = std::fs::read_dir(folder(settings)).into_iter().flatten().flatten();
-    let texts = files.filter_map(|file| std::fs::read_to_string(file.path()).ok());
+    let texts = files
+        .map(|file| file.path())
+        .filter(|path| path.is_file())
+        .filter_map(|path| std::fs::read_to_string(path).ok());
     let server = format!("{} ", backend::address(settings));
     texts
         .filter_map(|text| Calibration::from_toml(&text).ok())
         .any(|calibration| calibration.model_digest.starts_with(&server))
 }
 
-/// Stores a calibration, replacing an earlier one for the model.
-pub(crate) fn store(settings: &Settings, calibration: &Calibration) -> anyhow::Result<PathBuf> {
-    let path = path(settings, &calibration.model_digest);
-    let folder = folder(settings);
-    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    let mut file = tempfile::NamedTempFile::new_in(&folder)?;
-    std::io::Write::write_all(&mut file, calibration.to_toml()?.as_bytes())?;
-    file.persist(&path).with_context(|| path.display().to_string())?;
-    Ok(path)
+/// A calibration and whether it is stored, as `--json` shows it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Kept<'a> {
+    #[serde(flatten)]
+    calibration: &'a Calibration,
+    /// The file in which it is stored.
+    stored: Option<PathBuf>,
+    /// Why it is not stored.
+    not_stored: Option<String>,
+    /// The file of an earlier calibration for the model, which is used if this one is not stored.
+    earlier: Option<PathBuf>,
 }
 
-/// Says for which model a stored calibration is used from now on.
-pub(crate) fn usage(calibration: &Calibration) -> String {
-    let flag =
-        if calibration.model_digest.contains("://") { ", named by --model-name" } else { "" };
-    format!("`hardened` uses it for {}{flag}, from now on", calibration.model)
+/// Stores a calibration, replacing an earlier one for the model; or not, for the reason that is
+/// given.
+pub(crate) fn keep<'a>(
+    settings: &Settings,
+    calibration: &'a Calibration,
+    not_stored: Option<String>,
+) -> anyhow::Result<Kept<'a>> {
+    let path = path(settings, &calibration.model_digest);
+    let earlier = path.exists().then(|| path.clone());
+    let stored = not_stored.is_none().then_some(path);
+    if let Some(path) = &stored {
+        let folder = folder(settings);
+        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        files::write(path, &calibration.to_toml()?).with_context(|| path.display().to_string())?;
+    }
+    Ok(Kept { calibration, stored, not_stored, earlier })
+}
+
+impl fmt::Display for Kept<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { calibration, stored, not_stored, earlier } = self;
+        if let Some(path) = stored {
+            let is_of_server = calibration.model_digest.contains("://");
+            let flag = if is_of_server { ", named by --model-name" } else { "" };
+            let earlier = if earlier.is_some() { " (it replaces an earlier one)" } else { "" };
+            return write!(
+                f,
+                "the calibration is stored in {}{earlier}: `hardened` uses it for {}{flag}, from \
+                 now on",
+                path.display(),
+                calibration.model
+            );
+        }
+        let reason = not_stored.as_deref().unwrap_or("--dry-run");
+        write!(f, "no calibration is stored: {reason}")?;
+        match earlier {
+            Some(path) => write!(
+                f,
+                "; an earlier one stays in use: remove {} to go back to the profile's own \
+                 threshold and biases",
+                path.display()
+            ),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The curve of the calibration that is stored for the settings' model.
 pub(crate) fn curve(settings: &Settings) -> anyhow::Result<ecso_gateway::Calibration> {
     let path = path(settings, &backend::identity(settings)?);
-    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let text = read(&path)?.with_context(|| format!("{} is gone", path.display()))?;
     let Fit { threshold, reported, curve, .. } = Calibration::from_toml(&text)?.found;
     let requests = reported.recall.total + reported.false_alarms.total;
     Ok(ecso_gateway::Calibration { threshold, requests, curve })
@@ -102,7 +169,7 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
     let Ok(digest) = backend::identity(settings) else {
         return Ok((profile, "this model is not known"));
     };
-    let own = std::fs::read_to_string(path(settings, &digest)).ok();
+    let own = read(&path(settings, &digest))?;
     let own = own.map(|text| Calibration::from_toml(&text)).transpose().with_context(|| {
         format!("{}: delete it, or calibrate again", path(settings, &digest).display())
     })?;
@@ -117,12 +184,15 @@ pub(crate) fn profile(settings: &Settings) -> anyhow::Result<(Profile, &'static 
         }
         Some(own) if own.is_for(&profile) => Ok((profile.calibrated(&own)?, FITTED)),
         Some(own) => {
-            say!(
-                "ecso: warning: the calibration of `{}` for {} is of another version of that profile, so it is not used; make a new \
-                 one with `ecso tune`",
-                own.profile,
-                settings.model
-            );
+            static WARNED: Once = Once::new();
+            WARNED.call_once(|| {
+                say!(
+                    "ecso: warning: the calibration of `{}` for {} is of another version of that \
+                     profile, so it is not used; make a new one with `ecso tune`",
+                    own.profile,
+                    settings.model
+                );
+            });
             Ok((profile, "its calibration is for another version and is not used"))
         }
     }

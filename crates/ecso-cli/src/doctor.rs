@@ -3,10 +3,13 @@
 use std::{path::Path, process::Command};
 
 use anyhow::bail;
+use ecso::{Chat, Role, Sampling, Turn};
 use serde_json::json;
 
 use crate::{
-    backend, profiles,
+    backend,
+    cli::{DoctorArgs, ProfileArgs},
+    profiles,
     settings::{self, Settings},
 };
 
@@ -35,8 +38,8 @@ impl State {
     }
 }
 
-pub(crate) fn run(as_json: bool, file: Option<&Path>) -> anyhow::Result<()> {
-    let settings = settings::load_file(file)?;
+pub(crate) fn run(args: &DoctorArgs, file: Option<&Path>) -> anyhow::Result<()> {
+    let settings = settings::load(file, &args.model, &ProfileArgs::default())?;
     let checks = [
         check_processor(),
         check_memory(),
@@ -46,7 +49,7 @@ pub(crate) fn run(as_json: bool, file: Option<&Path>) -> anyhow::Result<()> {
         check_pip(),
         check_model(&settings)?,
     ];
-    if as_json {
+    if args.json {
         print_json(&checks)?;
     } else {
         println!("ecso {}", env!("CARGO_PKG_VERSION"));
@@ -115,8 +118,9 @@ fn check_models_folder(settings: &Settings) -> Check {
 }
 
 fn check_profile(settings: &Settings) -> Check {
-    let (state, message) = match profiles::load(settings) {
-        Ok(profile) => (State::Good, profile.name),
+    let (state, message) = match profiles::load_with_reason(settings) {
+        Ok((profile, Some(reason))) => (State::Good, format!("{}: {reason}", profile.name)),
+        Ok((profile, None)) => (State::Good, profile.name),
         Err(error) => (State::Bad, format!("{error:#}")),
     };
     Check { name: "profile", state, message }
@@ -134,15 +138,26 @@ fn check_pip() -> Check {
     Check { name: "pip", state, message }
 }
 
-/// Opens the model and closes it again.
+/// Opens the model, asks it one question, and closes it again.
 fn check_model(settings: &Settings) -> anyhow::Result<Check> {
     let runtime = tokio::runtime::Runtime::new()?;
     let start = std::time::Instant::now();
-    let (state, message) = match runtime.block_on(backend::open(settings)) {
-        Ok(model) => {
-            let ms = start.elapsed().as_millis();
-            (State::Good, format!("{} opens in {ms} ms", model.name()))
+    let asked = runtime.block_on(async {
+        let model = backend::open(settings).await?;
+        let turns = vec![Turn::text(Role::User, "Is the sky blue? Answer yes or no:")];
+        let sampling = Sampling { max_tokens: Some(8), top_logprobs: 5, ..Sampling::default() };
+        let reply = model.generate(&Chat { turns, ..Chat::default() }, &sampling).await?;
+        anyhow::Ok((model.name().to_owned(), reply.first_token.is_empty()))
+    });
+    let ms = start.elapsed().as_millis();
+    let (state, message) = match asked {
+        Ok((name, false)) => {
+            (State::Good, format!("{name} answers in {ms} ms, with probabilities"))
         }
+        Ok((name, true)) => (
+            State::Note,
+            format!("{name} answers in {ms} ms, without log-probabilities; `hardened` needs them"),
+        ),
         Err(error) => (State::Bad, format!("{}: {error:#}", settings.model)),
     };
     Ok(Check { name: "model", state, message })

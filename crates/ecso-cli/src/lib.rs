@@ -143,7 +143,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::DecodeImage { limits } => ecso::decoder_process::main(&limits)
             .map_err(|error| anyhow::anyhow!("decode-image: {error}")),
-        Command::Doctor { json } => doctor::run(json, file),
+        Command::Doctor(args) => doctor::run(&args, file),
         Command::Config(ConfigCommand::Show { model, profile }) => {
             config::show(file, &model, &profile)
         }

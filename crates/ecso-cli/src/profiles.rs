@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use ecso::Profile;
+use ecso::{Profile, ProfileError};
 use ecso_gateway::{Fitted, Profiles};
 
 use crate::{
-    calibration::{self, FITTED},
+    calibration::{self, FITTED, UNNAMED},
     error::UsageError,
     settings::Settings,
 };
@@ -24,24 +24,40 @@ pub(crate) fn load_with_reason(
     let (mut profile, reason) = match settings.profile.as_str() {
         "auto" | "hardened" => {
             let (profile, reason) = calibration::profile(settings)?;
-            let is_shown = settings.profile == "auto" || reason == FITTED;
+            let is_shown = settings.profile == "auto" || [FITTED, UNNAMED].contains(&reason);
             (profile, is_shown.then_some(reason))
         }
         name => (by_name(name)?, None),
     };
     for (key, value) in &settings.set {
-        profile = profile.with(key, value)?;
+        profile = profile.with(key, value).map_err(|error| of_settings(key, error))?;
     }
     Ok((profile, reason))
 }
 
-/// Reports that the profile is fitted to the model: its name doesn't tell.
+/// The error of `--set`, which says so if the key is one of the settings, and not of the profile.
+fn of_settings(key: &str, error: ProfileError) -> anyhow::Error {
+    let section = key.split('.').next().unwrap_or_default();
+    if !["checks", "engine", "gateway", "images", "server"].contains(&section) {
+        return error.into();
+    }
+    let variable = key.to_uppercase().replace('.', "__");
+    let problem = format!(
+        "--set {key}: this is a setting, not a field of the profile; write it in the settings file \
+         or set ECSO__{variable}"
+    );
+    UsageError(problem).into()
+}
+
+/// Reports that the profile is fitted to the model, since its name doesn't tell, or could be.
 pub(crate) fn report_fit(settings: &Settings) -> anyhow::Result<()> {
-    if let (profile, Some(FITTED)) = load_with_reason(settings)? {
-        say!(
+    match load_with_reason(settings)? {
+        (profile, Some(FITTED)) => say!(
             "profile {}: {FITTED}, as stored by `ecso tune` or `ecso eval calibrate`",
             profile.name
-        );
+        ),
+        (_, Some(UNNAMED)) => say!("{UNNAMED}"),
+        _ => {}
     }
     Ok(())
 }
@@ -135,7 +151,7 @@ mod tests {
         let digest = backend::identity(settings).unwrap();
         let (profile, biases) = (Profile::hardened(), BTreeMap::new());
         let calibration = Calibration::new(&profile, "m", digest, 200, biases, found.clone());
-        calibration::store(settings, &calibration).unwrap();
+        calibration::keep(settings, &calibration, None).unwrap();
         found
     }
 

@@ -161,7 +161,7 @@ fn reload_on_signal(
 #[cfg(not(unix))]
 fn reload_on_signal(_: &Arc<Gateway>, _: &Settings, _: ServeArgs, _: Option<PathBuf>) {}
 
-/// Reloads the settings and returns the name of the profile.
+/// Reloads the settings and returns the profile's name, with the reason for its threshold.
 #[cfg(unix)]
 fn reload(
     gateway: &Gateway,
@@ -183,10 +183,9 @@ fn reload(
         )
         .into());
     }
-    let profiles = profiles::load_all(&settings)?;
-    let name = profiles.default.name.clone();
-    gateway.reload(profiles, settings.gateway, settings.images)?;
-    Ok(name)
+    let named = named_profile(&settings)?;
+    gateway.reload(profiles::load_all(&settings)?, settings.gateway, settings.images)?;
+    Ok(named)
 }
 
 /// Listens for clients. Without client keys, only on a loopback address.
@@ -255,18 +254,20 @@ fn greeting(settings: &Settings, address: SocketAddr) -> anyhow::Result<String> 
         1 => "1 client key".to_owned(),
         count => format!("{count} client keys"),
     };
-    let (profile, reason) = profiles::load_with_reason(settings)?;
-    let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+    let profile = named_profile(settings)?;
     let model = redact_url(&settings.model);
     let activity = match settings.gateway.mode {
         Mode::Enforce => "guarding",
         Mode::Observe => "observing, not guarding,",
         Mode::Off => "passing on, not guarding,",
     };
-    Ok(format!(
-        "{activity} {model} on http://{address}/v1 ({callers}) under profile {}{reason}",
-        profile.name
-    ))
+    Ok(format!("{activity} {model} on http://{address}/v1 ({callers}) under profile {profile}"))
+}
+
+/// The name of the profile, with the reason for its threshold.
+fn named_profile(settings: &Settings) -> anyhow::Result<String> {
+    let (profile, reason) = profiles::load_with_reason(settings)?;
+    Ok(profile.name + &reason.map_or_else(String::new, |reason| format!(" ({reason})")))
 }
 
 /// Removes user, password, query and fragment from a URL. Other names of models stay as they are.

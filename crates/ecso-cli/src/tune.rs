@@ -16,12 +16,12 @@ use ecso_eval::{
     item::Item,
     record::{ItemRecord, RunHeader, Selection},
     run::{self, Options, Progress},
-    tune::{self, TuningItems},
+    tune::{self, Advice, Fitted, TuningItems},
 };
 use serde::Serialize;
 
 use crate::{
-    calibration,
+    calibration::{self, Kept},
     cli::{ProfileArgs, TuneArgs},
     files,
     progress::{ProgressLine, Unit},
@@ -114,7 +114,7 @@ fn finish(
     let records: Vec<ItemRecord> =
         JournalReader::in_folder(&args.out).latest()?.collect::<Result<_, _>>()?;
     let all = TuningItems::of(&records, "hardened");
-    let failed = all.failed;
+    let TuningItems { failed, empty, .. } = all;
     anyhow::ensure!(
         2 * failed <= records.len(),
         "{failed} of {} requests failed; the journal in {} has the reasons; run the same command \
@@ -122,6 +122,18 @@ fn finish(
         records.len(),
         args.out.display()
     );
+    anyhow::ensure!(
+        2 * empty <= records.len(),
+        "the model's answers to {empty} of {} requests are empty: a model that reasons needs more \
+         tokens; run it again with --max-new-tokens 1024 and another --out",
+        records.len()
+    );
+    if empty > 0 {
+        say!(
+            "the answers to {empty} requests are empty, which widens the intervals; a model that \
+             reasons needs more tokens (--max-new-tokens)"
+        );
+    }
     if failed > 0 {
         say!(
             "{failed} requests failed, which widens the intervals; run the same command again to \
@@ -136,36 +148,42 @@ fn finish(
         );
     }
     let false_alarms = args.target.false_alarms;
-    let fitted = tune::fit(method, &all.items, false_alarms)?;
-    let page = tune::report(&header.model, method, &all, &fitted, false_alarms);
+    let mut fitted = tune::fit(method, &all.items, false_alarms)?;
+    let fault = calibration::fault(&calibration_of(header, &fitted));
+    if fault.is_some() {
+        fitted = tune::own(method, &all.items, false_alarms)?;
+    }
+    let (advice, page) =
+        tune::report(&header.model, method, &all, &fitted, false_alarms, fault.as_deref());
     let path = args.out.join("tune.md");
     files::write(&path, &page).with_context(|| path.display().to_string())?;
-    let mut calibration = Calibration::new(
-        &Profile::hardened(),
-        &header.model,
-        &header.model_digest,
-        fitted.items,
-        fitted.biases,
-        fitted.fit,
-    );
-    calibration.ecso.clone_from(&header.ecso);
+    let calibration = calibration_of(header, &fitted);
+    // Stored before anything is printed: a reader that has enough of the output ends the program.
+    let kept = calibration::keep(settings, &calibration, fault)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&calibration)?);
+        println!("{}", serde_json::to_string_pretty(&Advised { advice, kept: &kept })?);
     } else {
         println!("{page}");
     }
-    if let Some(fault) = calibration::fault(&calibration) {
-        say!("{}; {fault}", path.display());
-        return Ok(());
-    }
-    let stored = calibration::store(settings, &calibration)?;
-    say!(
-        "{}; the calibration is stored in {}: {}",
-        path.display(),
-        stored.display(),
-        calibration::usage(&calibration)
-    );
+    say!("{}; {kept}", path.display());
     Ok(())
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Advised<'a> {
+    advice: Advice,
+    #[serde(flatten)]
+    kept: &'a Kept<'a>,
+}
+
+fn calibration_of(header: &RunHeader, fitted: &Fitted) -> Calibration {
+    let (model, digest) = (&header.model, &header.model_digest);
+    let (biases, fit) = (fitted.biases.clone(), fitted.fit.clone());
+    let mut calibration =
+        Calibration::new(&Profile::hardened(), model, digest, fitted.items, biases, fit);
+    calibration.ecso.clone_from(&header.ecso);
+    calibration
 }
 
 /// Whether the model turns images into text itself, so that a description can replace an image.
@@ -197,11 +215,12 @@ fn select(items: Items, pairs: usize, reads_images: bool) -> Items {
 #[derive(Debug, Serialize)]
 struct Estimate {
     requests: usize,
-    /// Approximate number of calls to the model.
+    /// Approximate number of calls to the model, not counting those that turn images into text.
     calls: usize,
-    /// Maximum number of prompt tokens; fewer with a prefix cache.
+    /// Approximate number of prompt tokens, not counting images and their words; fewer with a
+    /// prefix cache.
     prompt_tokens: usize,
-    /// Maximum number of answer tokens.
+    /// Maximum number of tokens of the drafts, not counting thoughts before a yes or no.
     answer_tokens: usize,
 }
 
@@ -227,8 +246,9 @@ impl fmt::Display for Estimate {
         let Self { requests, calls, prompt_tokens, answer_tokens } = self;
         write!(
             f,
-            "{requests} requests, about {calls} calls, at most {prompt_tokens} prompt tokens \
-             (fewer with a prefix cache) and {answer_tokens} answer tokens; if interrupted, run the same \
+            "{requests} requests, about {calls} calls, {prompt_tokens} prompt tokens (fewer with a \
+             prefix cache) and {answer_tokens} answer tokens, not counting the images, what they \
+             are turned into, and a reasoning model's thoughts; if interrupted, run the same \
              command again to resume"
         )
     }

@@ -31,8 +31,8 @@ pub(crate) struct ApiError {
     /// The cause, for the operator's log at level `debug`.
     pub(crate) reason: Option<String>,
     /// Whether the answer may go out unjudged if the operator allows that: only if the guard itself
-    /// failed. A failure that a request can cause (a judge that refuses it, or says neither yes nor
-    /// no) does not count.
+    /// failed. A failure that a request can cause (a judge that refuses it, says neither yes nor no,
+    /// or runs out of time) does not count.
     pub(crate) may_open: bool,
     pub(crate) retry_after: Option<Duration>,
     /// Headers of the upstream's answer that also hold for this one.
@@ -221,10 +221,10 @@ impl From<ModelError> for ApiError {
                 );
                 Self { retry_after: *retry_after, may_open: true, ..busy }
             }
+            // As for the deadline: a long answer takes long to judge. A server that can't even be
+            // connected to in time looks the same.
             ModelError::Timeout(_) => {
-                let late =
-                    Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", error.to_string());
-                Self { may_open: true, ..late }
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "guard_timeout", error.to_string())
             }
             ModelError::Rejected(_) => failed("the model rejected a request of the guard"),
             ModelError::Filtered(_) => failed("a content filter refused a request of the guard"),

@@ -45,8 +45,8 @@ struct Windows {
     /// Whether something other than plain text arrived. It waits for the last verdict, and so does
     /// everything after it.
     is_closed: bool,
-    /// Length of the draft when it was last found safe, in quarters of a token.
-    judged_length: usize,
+    /// Length of the draft when it was last found safe, or blank, in quarters of a token.
+    seen_length: usize,
     pending_check: Option<PendingCheck>,
     early: Early,
 }
@@ -72,7 +72,7 @@ impl Windows {
             received: 0,
             released: 0,
             is_closed,
-            judged_length: 0,
+            seen_length: 0,
             pending_check: None,
             early: Early::default(),
         }
@@ -98,14 +98,18 @@ impl Windows {
     /// The text to check, if a window is full and no check is running.
     fn next_check(&mut self) -> Option<String> {
         let length = self.draft.length(CHOICE);
-        // A long draft waits for an eighth more: each check reads the whole draft, and the total
+        // A long draft waits for an eighth more: each look reads the whole draft, and the total
         // work must stay proportional.
-        let full = self.size.saturating_mul(4).max(self.judged_length / 8);
-        if self.pending_check.is_some() || length < self.judged_length.saturating_add(full) {
+        let full = self.size.saturating_mul(4).max(self.seen_length / 8);
+        if self.pending_check.is_some() || length < self.seen_length.saturating_add(full) {
             return None;
         }
-        // White space alone says nothing.
-        let text = Some(self.text()).filter(|text| !text.trim().is_empty())?;
+        let text = self.text();
+        if text.trim().is_empty() {
+            // White space alone says nothing. It waits for the words of a later window.
+            self.seen_length = length;
+            return None;
+        }
         self.pending_check =
             Some(PendingCheck { text: text.clone(), received: self.received, length });
         Some(text)
@@ -129,7 +133,7 @@ impl Windows {
             self.close();
             return Vec::new();
         };
-        self.judged_length = check.length;
+        self.seen_length = check.length;
         self.size = self.size.saturating_mul(2).min(self.sizes.most.max(self.sizes.first.max(1)));
         let text: String = self.unreleased.iter().map(|(_, text)| text.as_str()).collect();
         let judged = text.get(..check.received - self.released).unwrap_or_default();
@@ -499,6 +503,36 @@ mod tests {
         windows.release(&finding);
         windows.add(chunk("content", &text.repeat(9)));
         assert!(windows.release(&finding).is_empty());
+    }
+
+    #[test]
+    fn a_blank_draft_is_not_read_again_at_every_event() {
+        for is_closed in [false, true] {
+            for blank in [" ", "\u{3000}"] {
+                let mut windows = Windows::new(SIZES, is_closed, true);
+                let mut looks = Vec::new();
+                for _ in 0..20_000 {
+                    windows.add(chunk("content", blank));
+                    assert_eq!(windows.next_check(), None);
+                    looks.push(windows.seen_length);
+                }
+                looks.dedup();
+                assert!((10..200).contains(&looks.len()), "{blank:?}: {}", looks.len());
+                // Words after it are checked with all of it, and go out only then.
+                let mut text = blank.repeat(20_000);
+                let checked_text = loop {
+                    windows.add(chunk("content", "bread "));
+                    text.push_str("bread ");
+                    if let Some(checked_text) = windows.next_check() {
+                        break checked_text;
+                    }
+                };
+                assert_eq!(checked_text, text);
+                let sent = joined(&windows.release(&checked(&text, "No.")));
+                assert_eq!(sent.is_empty(), is_closed);
+                assert!(text.starts_with(&sent), "{sent:?}");
+            }
+        }
     }
 
     #[test]

@@ -4,15 +4,15 @@ use std::{cmp::Reverse, sync::Arc};
 
 use llama_cpp_2::token::LlamaToken;
 
-use crate::layout::{BLOCK, Segment};
+use crate::layout::{BLOCK, End, Segment};
 
 /// A prefix is worth copying or waiting for if it saves this many tokens.
 const WORTHWHILE: usize = 64;
 
-/// The content of one sequence of the engine's KV cache: segments, each with its end position.
+/// The content of one sequence of the engine's KV cache: segments, each with its end.
 #[derive(Debug, Default)]
 struct Sequence {
-    held: Vec<(Segment, i32)>,
+    held: Vec<(Segment, End)>,
     /// [`Cache::clock`] when it was last used.
     used: i64,
     /// The whole prompt of the job that is using it.
@@ -23,7 +23,12 @@ impl Sequence {
     /// The value of keeping it, by the rule `GreedyDual`: its tokens, plus the clock when it was
     /// last used.
     fn value(&self) -> i64 {
-        self.used + self.held.last().map_or(0, |(_, end)| i64::from(*end))
+        self.used + i64::try_from(self.end().cells).unwrap_or(i64::MAX)
+    }
+
+    /// The end of what it holds.
+    fn end(&self) -> End {
+        self.held.last().map_or(End::default(), |(_, end)| *end)
     }
 
     /// The number of leading segments that it shares with a prompt.
@@ -59,8 +64,8 @@ pub(crate) struct Place {
     pub(crate) copied_from: Option<usize>,
     /// The number of the prompt's segments that are computed already.
     pub(crate) shared: usize,
-    /// The position where they end.
-    pub(crate) position: i32,
+    /// Where they end.
+    pub(crate) end: End,
 }
 
 impl Cache {
@@ -109,33 +114,38 @@ impl Cache {
         place.used = self.clock;
         place.job = Some(prompt.clone());
         place.held = kept;
-        let position = place.held.last().map_or(0, |(_, end)| *end);
+        let end = place.end();
         let copied_from = is_copied.then_some(longest);
-        Some(Place { sequence, copied_from, shared, position })
+        Some(Place { sequence, copied_from, shared, end })
     }
 
-    /// Adds a segment that was computed, with its end position.
-    pub(crate) fn push(&mut self, sequence: usize, segment: Segment, end: i32) {
+    /// Adds a segment that was computed, with its end.
+    pub(crate) fn push(&mut self, sequence: usize, segment: Segment, end: End) {
         self.sequences[sequence].held.push((segment, end));
     }
 
     /// Adds the reply that was computed after a prompt, in segments as a later prompt has them: the
     /// prompt's last text and the reply are one text there.
     pub(crate) fn push_reply(&mut self, sequence: usize, reply: &[LlamaToken]) {
-        let held = &mut self.sequences[sequence].held;
+        let sequence = &mut self.sequences[sequence];
         let is_open =
             |segment: &Segment| matches!(segment, Segment::Text(tokens) if tokens.len() < BLOCK);
         let mut text = Vec::new();
-        if let Some((Segment::Text(tokens), _)) = held.pop_if(|(segment, _)| is_open(segment)) {
+        if let Some((Segment::Text(tokens), _)) =
+            sequence.held.pop_if(|(segment, _)| is_open(segment))
+        {
             text = tokens;
         }
         text.extend_from_slice(reply);
-        let mut end = held.last().map_or(0, |(_, end)| *end);
         for block in text.chunks(BLOCK) {
-            let segment = Segment::Text(block.to_vec());
-            end += segment.tokens();
-            held.push((segment, end));
+            let end = sequence.end().after_text(block.len());
+            sequence.held.push((Segment::Text(block.to_vec()), end));
         }
+    }
+
+    /// The number of sequences.
+    pub(crate) fn sequences(&self) -> usize {
+        self.sequences.len()
     }
 
     /// Drops all but the first `keep` segments.
@@ -151,13 +161,20 @@ impl Cache {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
 
     /// Tokens of each segment.
-    const SIZE: i32 = 50;
+    const SIZE: usize = 50;
+
+    /// The end after so many tokens of text.
+    fn end(tokens: usize) -> End {
+        End::default().after_text(tokens)
+    }
 
     fn prompt(blocks: &[i32]) -> Arc<[Segment]> {
-        let tokens = |block: i32| vec![LlamaToken(block); SIZE.unsigned_abs() as usize];
+        let tokens = |block: i32| vec![LlamaToken(block); SIZE];
         blocks.iter().map(|block| Segment::Text(tokens(*block))).collect()
     }
 
@@ -165,9 +182,9 @@ mod tests {
     fn start(cache: &mut Cache, blocks: &[i32]) -> Place {
         let prompt = prompt(blocks);
         let place = cache.place(&prompt, false).unwrap();
-        let mut end = place.position;
+        let mut end = place.end;
         for segment in &prompt[place.shared..] {
-            end += SIZE;
+            end = end.after_text(SIZE);
             cache.push(place.sequence, segment.clone(), end);
         }
         place
@@ -176,7 +193,7 @@ mod tests {
     fn compute(cache: &mut Cache, blocks: &[i32]) -> (usize, usize) {
         let place = start(cache, blocks);
         assert_eq!(place.copied_from, None);
-        assert_eq!(place.position, SIZE * i32::try_from(place.shared).unwrap());
+        assert_eq!(place.end, end(SIZE * place.shared));
         cache.release(place.sequence);
         (place.sequence, place.shared)
     }
@@ -211,25 +228,26 @@ mod tests {
 
     #[test]
     fn a_reply_is_a_part_of_the_conversation_that_goes_on() {
-        let block = i32::try_from(BLOCK).unwrap();
-        let text = |tokens: std::ops::Range<i32>| Segment::Text(tokens.map(LlamaToken).collect());
-        let written = |from: i32, to: i32| (from..to).map(LlamaToken).collect::<Vec<_>>();
-        for last in [50, block] {
+        let written = |from: usize, to: usize| -> Vec<LlamaToken> {
+            (from..to).map(|token| LlamaToken(i32::try_from(token).unwrap())).collect()
+        };
+        let text = |tokens: Range<usize>| Segment::Text(written(tokens.start, tokens.end));
+        for last in [50, BLOCK] {
             let mut cache = Cache::new(1);
             let asked: Arc<[Segment]> = [text(900..950), text(0..last)].into();
             let place = cache.place(&asked, false).unwrap();
-            cache.push(place.sequence, asked[0].clone(), 50);
-            cache.push(place.sequence, asked[1].clone(), 50 + last);
-            cache.push_reply(place.sequence, &written(last, block + 40));
+            cache.push(place.sequence, asked[0].clone(), end(50));
+            cache.push(place.sequence, asked[1].clone(), end(50 + last));
+            cache.push_reply(place.sequence, &written(last, BLOCK + 40));
             cache.release(place.sequence);
             // The next turn, and another answer to the same question.
-            let turn = [text(900..950), text(0..block), text(block..block + 40), text(0..9)];
+            let turn = [text(900..950), text(0..BLOCK), text(BLOCK..BLOCK + 40), text(0..9)];
             let next = cache.place(&Arc::from(turn), false).unwrap();
-            assert_eq!((next.shared, next.position), (3, 50 + block + 40));
+            assert_eq!((next.shared, next.end), (3, end(50 + BLOCK + 40)));
             cache.release(next.sequence);
-            let other = [text(900..950), text(0..block), text(7..9)];
+            let other = [text(900..950), text(0..BLOCK), text(7..9)];
             let other = cache.place(&Arc::from(other), false).unwrap();
-            assert_eq!((other.shared, other.position), (2, 50 + block));
+            assert_eq!((other.shared, other.end), (2, end(50 + BLOCK)));
         }
     }
 
@@ -248,11 +266,11 @@ mod tests {
         let copy = start(&mut cache, &[1, 2, 3, 5]);
         assert_eq!(
             copy,
-            Place { sequence: 1, copied_from: Some(0), shared: 3, position: 3 * SIZE }
+            Place { sequence: 1, copied_from: Some(0), shared: 3, end: end(3 * SIZE) }
         );
         // One segment is not worth a copy.
         let other = start(&mut cache, &[1, 9]);
-        assert_eq!(other, Place { sequence: 2, copied_from: None, shared: 0, position: 0 });
+        assert_eq!(other, Place { sequence: 2, copied_from: None, shared: 0, end: end(0) });
         assert_eq!(cache.place(&prompt(&[7]), false), None, "no sequence is free");
         cache.release(1);
         assert_eq!(compute(&mut cache, &[1, 2, 3, 5, 6]), (1, 4));
@@ -267,9 +285,9 @@ mod tests {
         assert_eq!(cache.place(&second, false), None);
         assert_eq!(cache.place(&second, true).map(|place| place.shared), Some(0), "no reuse");
         cache.release(1);
-        cache.push(place.sequence, first[0].clone(), SIZE);
+        cache.push(place.sequence, first[0].clone(), end(SIZE));
         assert_eq!(cache.place(&second, false), None);
-        cache.push(place.sequence, first[1].clone(), 2 * SIZE);
+        cache.push(place.sequence, first[1].clone(), end(2 * SIZE));
         let found = cache.place(&second, false).unwrap();
         assert_eq!((found.copied_from, found.shared), (Some(0), 2));
         // Its job has ended before its prompt was computed: nothing waits for the rest.

@@ -1,6 +1,6 @@
 //! The engine: the model with its context, and the prompts in its sequences.
 
-use std::{io, num::NonZeroU32, path::Path, sync::Arc};
+use std::{fs, io, num::NonZeroU32, path::Path, sync::Arc};
 
 use ecso::{Cause, Chat, Digest, Image, ModelError, TopLogprob};
 use llama_cpp_2::{
@@ -14,7 +14,7 @@ use llama_cpp_2::{
 
 use crate::{
     cache::{Cache, Place},
-    layout::{BLOCK, Segment, lay_out},
+    layout::{BLOCK, End, Segment, lay_out},
     llama::{Options, backend, failed},
     prefixes::Prefixes,
     reply::{Next, Written},
@@ -26,6 +26,21 @@ use crate::{
 const IMAGE_BATCH: u32 = 512;
 /// Sequences without a setting: conversations that are computed at the same time.
 const SLOTS: u32 = 4;
+/// Most tokens of a conversation without a setting.
+const CONTEXT: u32 = 8192;
+/// Most characters of a prompt for each token of the context. Text that fits has about 4.
+const CHARACTERS: usize = 16;
+/// Bytes of stack for each character of a prompt. llama.cpp splits text by regular expressions
+/// that recurse for each character of a match, and take up to 400 bytes (530 unoptimized) each.
+const STACK: usize = 1024;
+/// Bytes of stack for everything else.
+const BASE_STACK: usize = 8 << 20;
+
+/// Bytes of stack that no prompt exceeds. Memory is taken only for what a prompt uses.
+pub(crate) fn stack_size(options: &Options) -> usize {
+    let room = options.context.map_or(CONTEXT, NonZeroU32::get) as usize;
+    room.saturating_mul(CHARACTERS * STACK).saturating_add(BASE_STACK)
+}
 
 /// The model, its context and its sequences. Each sequence has the prompt of one conversation and
 /// its reply.
@@ -39,7 +54,7 @@ pub(crate) struct Engine<'m> {
     keep_replies: bool,
     prefixes: Option<Prefixes>,
     /// Tokens of one conversation.
-    room: i32,
+    room: usize,
 }
 
 /// A prompt as it is computed.
@@ -55,9 +70,9 @@ pub(crate) struct Prompt {
 pub(crate) struct Reading {
     prompt: Prompt,
     pub(crate) sequence: usize,
-    /// The number of segments that were computed, and the position where they end.
+    /// The number of segments that were computed, and where they end.
     done: usize,
-    pub(crate) position: i32,
+    pub(crate) end: End,
     /// The tokens of its prefix, if that is to be kept on disk once it was computed.
     to_keep: Option<Vec<LlamaToken>>,
 }
@@ -68,6 +83,13 @@ impl<'m> Engine<'m> {
         path: &Path,
         options: Options,
     ) -> Result<Self, ModelError> {
+        let slots = options.slots.map_or(SLOTS, NonZeroU32::get);
+        // A block has a token of each reply.
+        if slots as usize > BLOCK {
+            return Err(ModelError::Rejected(
+                format!("{slots} slots are too many; set at most {BLOCK}").into(),
+            ));
+        }
         let cores = || {
             std::thread::available_parallelism()
                 .ok()
@@ -77,9 +99,8 @@ impl<'m> Engine<'m> {
             .threads
             .or_else(cores)
             .map_or(1, |n| i32::try_from(n.get()).unwrap_or(i32::MAX));
-        let room =
-            options.context.map_or_else(|| model.n_ctx_train().clamp(512, 8192), NonZeroU32::get);
-        let slots = options.slots.map_or(SLOTS, NonZeroU32::get);
+        let trained = || model.n_ctx_train().clamp(512, CONTEXT);
+        let room = options.context.map_or_else(trained, NonZeroU32::get);
         let block = u32::try_from(BLOCK).unwrap_or(u32::MAX);
         let batch = if options.mmproj.is_some() { IMAGE_BATCH } else { block };
         let params = LlamaContextParams::default()
@@ -99,7 +120,6 @@ impl<'m> Engine<'m> {
             vocabulary(model),
             mtmd_default_marker(),
         )?;
-        let room = i32::try_from(room).unwrap_or(i32::MAX);
         let how = format!("{room} {slots} {batch} {:?}", options.gpu_layers);
         let folder = options.prefix_folder.filter(|_| !options.no_reuse);
         let prefixes = folder.and_then(|folder| {
@@ -117,25 +137,27 @@ impl<'m> Engine<'m> {
             no_reuse: options.no_reuse,
             keep_replies: options.keep_replies,
             prefixes,
-            room,
+            room: room as usize,
         })
     }
 
     /// The segments of a conversation.
+    ///
+    /// # Errors
+    /// [`ModelError::Rejected`] if the model can't reply to it, or if it is clearly too long.
     pub(crate) fn prompt(&self, chat: &Chat) -> Result<Prompt, ModelError> {
-        let marker = mtmd_default_marker();
         let digests: Vec<Digest> = chat.images().map(Image::digest).collect();
         if !digests.is_empty() && self.vision.is_none() {
             return Err(ModelError::Rejected(
                 "this model reads text only; give it its projector (mmproj), or put a text reader in front".into(),
             ));
         }
-        let vocab = self.model.vocab();
-        let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
-        let segments = lay_out(&self.template.render(chat)?, marker, &digests, tokens);
+        let segments = self.segments(&self.template.render(chat)?, &digests)?;
+        must_end_in_text(&segments)?;
+        must_fit(End::default(), &segments, self.room)?;
         let prefix = self
             .rendered_prefix(chat)
-            .map(|prefix| lay_out(&prefix, marker, &[], tokens))
+            .and_then(|prefix| self.segments(&prefix, &[]).ok())
             .unwrap_or_default();
         let shared = segments
             .iter()
@@ -144,6 +166,18 @@ impl<'m> Engine<'m> {
             .count();
         let prefix = shared.min(segments.len().saturating_sub(1));
         Ok(Prompt { segments: segments.into(), prefix })
+    }
+
+    /// The segments of a rendered prompt. All text for the tokenizer comes through here, and is
+    /// short enough for the thread's stack.
+    fn segments(&self, rendered: &str, digests: &[Digest]) -> Result<Vec<Segment>, ModelError> {
+        let characters = rendered.chars().count();
+        if characters > self.room.saturating_mul(CHARACTERS) {
+            return Err(too_long(&format!("{characters} characters"), self.room));
+        }
+        let vocab = self.model.vocab();
+        let tokens = |text: &str, first| vocab.tokenize(text.as_bytes(), first, true);
+        Ok(lay_out(rendered, mtmd_default_marker(), digests, tokens))
     }
 
     /// The rendered prefix of a chat, if it has one that may be kept.
@@ -171,29 +205,28 @@ impl<'m> Engine<'m> {
     }
 
     fn start_at(&mut self, prompt: &Prompt, place: &Place) -> Result<Reading, ModelError> {
-        let Place { sequence, copied_from, shared, position } = *place;
+        let Place { sequence, copied_from, shared, end } = *place;
         let prompt = prompt.clone();
-        let mut reading = Reading { prompt, sequence, done: shared, position, to_keep: None };
+        let mut reading = Reading { prompt, sequence, done: shared, end, to_keep: None };
         let prefix = &reading.prompt.segments[..reading.prompt.prefix];
         if let Some((prefixes, tokens)) =
             self.prefixes.as_ref().zip(Prefixes::tokens(prefix)).filter(|_| shared < prefix.len())
         {
-            match prefixes.find(&tokens) {
-                Some(file) => {
-                    (reading.done, reading.position) =
-                        self.load_prefix(&file, prefix, &tokens, sequence)?;
-                    return Ok(reading);
-                }
-                None => reading.to_keep = Some(tokens),
+            if let Some(file) = prefixes.find(&tokens) {
+                let loaded = self.load_prefix(&file, prefix, &tokens, sequence)?;
+                reading.to_keep = loaded.is_none().then_some(tokens);
+                (reading.done, reading.end) = loaded.unwrap_or_default();
+                return Ok(reading);
             }
+            reading.to_keep = Some(tokens);
         }
         let copied = copied_from.is_none_or(|from| self.copy(from, sequence));
         // Models with a recurrent state can't drop a part of it.
         let id = u32::try_from(sequence).ok();
-        let from = u32::try_from(position).ok();
+        let from = u32::try_from(end.position).ok();
         if !copied || !matches!(self.context.clear_kv_cache_seq(id, from, None), Ok(true)) {
             self.clear(sequence)?;
-            (reading.done, reading.position) = (0, 0);
+            (reading.done, reading.end) = (0, End::default());
         }
         Ok(reading)
     }
@@ -212,22 +245,21 @@ impl<'m> Engine<'m> {
         reading: &mut Reading,
         chat: &Chat,
     ) -> Result<Option<i32>, ModelError> {
-        let segment = &reading.prompt.segments[reading.done];
+        let rest = &reading.prompt.segments[reading.done..];
+        must_fit(reading.end, rest, self.room)?;
+        let segment = &rest[0];
         let (end, row) = match segment {
-            Segment::Text(tokens) => {
-                must_fit(reading.position, tokens.len(), self.room)?;
-                self.read_text(tokens, reading.position, reading.sequence)?
-            }
+            Segment::Text(tokens) => self.read_text(tokens, reading.end, reading.sequence)?,
             Segment::Image { before, number, .. } => {
                 let image = chat.images().nth(*number);
                 let image =
                     image.ok_or_else(|| ModelError::Rejected("an image is missing".into()))?;
-                let is_first = *number == 0;
-                self.read_image(before, image, is_first, reading.position, reading.sequence)?
+                // Its logits are of no use.
+                (self.read_image(before, image, *number == 0, reading)?, 0)
             }
         };
         self.cache.push(reading.sequence, segment.clone(), end);
-        reading.position = end;
+        reading.end = end;
         reading.done += 1;
         if let Some(tokens) = reading.to_keep.take_if(|_| reading.done == reading.prompt.prefix) {
             self.keep_prefix(&tokens, reading.sequence);
@@ -242,7 +274,7 @@ impl<'m> Engine<'m> {
         for next in tokens {
             let sequence = i32::try_from(next.sequence).unwrap_or_default();
             batch
-                .add(next.token, next.position, &[sequence], true)
+                .add(next.token, next.at.position, &[sequence], true)
                 .map_err(|error| failed("a batch", error))?;
         }
         self.context
@@ -255,7 +287,7 @@ impl<'m> Engine<'m> {
         let Written { mut computed, last } = written;
         // A single word, such as a check's reply, is not a turn of a conversation.
         if self.keep_replies && !computed.is_empty() {
-            if let Some(last) = last.filter(|last| self.has_room(last.position))
+            if let Some(last) = last.filter(|last| self.has_room(last.at))
                 && self.decode(&[last]).is_ok()
             {
                 computed.push(last.token);
@@ -278,28 +310,29 @@ impl<'m> Engine<'m> {
     }
 
     /// Replaces the content of a sequence by a prefix from its file. Returns the number of segments
-    /// in the sequence, and their end position.
+    /// in the sequence, and where they end; `None` if the file can't be used, and was removed.
     fn load_prefix(
         &mut self,
         file: &Path,
         prefix: &[Segment],
         tokens: &[LlamaToken],
         sequence: usize,
-    ) -> Result<(usize, i32), ModelError> {
+    ) -> Result<Option<(usize, End)>, ModelError> {
         self.clear(sequence)?;
         let id = i32::try_from(sequence).unwrap_or_default();
         let read = self.context.state_seq_load_file(file, id, tokens.len());
         if !read.is_ok_and(|(read, _)| read == tokens) {
-            tracing::debug!(?file, "a prefix can't be read");
+            tracing::debug!(?file, "a prefix that can't be read is removed");
+            let _ = fs::remove_file(file);
             self.clear(sequence)?;
-            return Ok((0, 0));
+            return Ok(None);
         }
-        let mut end = 0;
+        let mut end = End::default();
         for segment in prefix {
-            end += segment.tokens();
+            end = end.after_text(segment.tokens());
             self.cache.push(sequence, segment.clone(), end);
         }
-        Ok((prefix.len(), end))
+        Ok(Some((prefix.len(), end)))
     }
 
     /// Keeps the prefix that is the whole content of a sequence on disk. If that fails, it is
@@ -308,10 +341,7 @@ impl<'m> Engine<'m> {
         let Some(prefixes) = &self.prefixes else { return };
         let sequence = i32::try_from(sequence).unwrap_or_default();
         let kept = prefixes.keep(tokens, |file| {
-            self.context
-                .state_seq_save_file(file, sequence, tokens)
-                .map(drop)
-                .map_err(io::Error::other)
+            self.context.state_seq_save_file(file, sequence, tokens).map_err(io::Error::other)
         });
         if let Err(error) = kept {
             tracing::debug!(%error, "a prefix of prompts can't be kept");
@@ -327,39 +357,36 @@ impl<'m> Engine<'m> {
         Ok(())
     }
 
-    /// Computes text. Returns the position where it ends, and the row of its last token.
+    /// Computes text. Returns where it ends, and the row of its last token.
     fn read_text(
         &mut self,
         tokens: &[LlamaToken],
-        from: i32,
+        from: End,
         sequence: usize,
-    ) -> Result<(i32, i32), ModelError> {
+    ) -> Result<(End, i32), ModelError> {
         let sequence = i32::try_from(sequence).unwrap_or_default();
         let mut batch = LlamaBatch::new(BLOCK, 1);
-        let mut position = from;
-        for (index, token) in (1..).zip(tokens) {
+        for ((index, token), position) in (1..).zip(tokens).zip(from.position..) {
             let wants_logits = index == tokens.len();
             batch
                 .add(*token, position, &[sequence], wants_logits)
                 .map_err(|error| failed("a batch", error))?;
-            position += 1;
         }
         self.context
             .decode(&mut batch)
             .map_err(|error| failed("the prompt could not be computed", error))?;
-        Ok((position, batch.n_tokens() - 1))
+        Ok((from.after_text(tokens.len()), batch.n_tokens() - 1))
     }
 
-    /// Computes an image with the text before it. Returns the position where it ends; its logits
-    /// are of no use (row 0).
+    /// Computes an image with the text before it, the next segment of a prompt. Returns where it
+    /// ends.
     fn read_image(
         &mut self,
         before: &str,
         image: &Image,
         is_first: bool,
-        from: i32,
-        sequence: usize,
-    ) -> Result<(i32, i32), ModelError> {
+        reading: &Reading,
+    ) -> Result<End, ModelError> {
         let pixels =
             image.pixels().map_err(|error| ModelError::Rejected(Cause::from_error(error)))?;
         let bitmap =
@@ -375,18 +402,25 @@ impl<'m> Engine<'m> {
         };
         let chunks =
             vision.tokenize(text, &[&bitmap]).map_err(|error| failed("an image", error))?;
-        must_fit(from, chunks.total_tokens(), self.room)?;
+        let from = reading.end;
+        let end = from.after_image(chunks.total_tokens(), from.position);
+        must_fit(end, &reading.prompt.segments[reading.done + 1..], self.room)?;
         let batch = i32::try_from(IMAGE_BATCH).unwrap_or(i32::MAX);
-        let sequence = i32::try_from(sequence).unwrap_or_default();
-        let end = chunks
-            .eval_chunks(vision, &mut self.context, from, sequence, batch, false)
+        let sequence = i32::try_from(reading.sequence).unwrap_or_default();
+        let position = chunks
+            .eval_chunks(vision, &mut self.context, from.position, sequence, batch, false)
             .map_err(|error| failed("an image could not be computed", error))?;
-        Ok((end, 0))
+        Ok(End { position, ..end })
     }
 
-    /// Whether another token fits after this position.
-    pub(crate) fn has_room(&self, position: i32) -> bool {
-        position < self.room
+    /// The number of conversations that are computed at the same time.
+    pub(crate) fn slots(&self) -> usize {
+        self.cache.sequences()
+    }
+
+    /// Whether another token fits after this end.
+    pub(crate) fn has_room(&self, end: End) -> bool {
+        end.cells < self.room
     }
 
     /// The next token by a row of the last batch.
@@ -432,14 +466,35 @@ impl<'m> Engine<'m> {
     }
 }
 
-fn must_fit(position: i32, tokens: usize, room: i32) -> Result<(), ModelError> {
-    let needed = usize::try_from(position).unwrap_or_default() + tokens;
-    if i32::try_from(needed).is_ok_and(|needed| needed < room) {
+/// Fails if the rest of a prompt and a token of a reply don't fit after `end`. Of images that are
+/// not decoded, it counts one token.
+fn must_fit(end: End, rest: &[Segment], room: usize) -> Result<(), ModelError> {
+    let images = rest.iter().filter(|segment| segment.is_image()).count();
+    let needed = end.cells + rest.iter().map(Segment::tokens).sum::<usize>() + images;
+    if needed < room {
         return Ok(());
     }
-    Err(ModelError::Rejected(format!(
-        "the conversation is too long: at least {needed} tokens, and the context holds {room}; shorten it or raise the context"
-    ).into()))
+    let at_least = if images > 0 { "at least " } else { "" };
+    Err(too_long(&format!("{at_least}{needed} tokens"), room))
+}
+
+fn too_long(size: &str, room: usize) -> ModelError {
+    ModelError::Rejected(format!(
+        "the conversation is too long: {size}, and the context holds {room} tokens; shorten it or raise the context"
+    ).into())
+}
+
+/// Fails if a prompt has no last token, after which a reply could begin.
+fn must_end_in_text(segments: &[Segment]) -> Result<(), ModelError> {
+    let why = match segments.last() {
+        Some(Segment::Text(_)) => return Ok(()),
+        Some(Segment::Image { .. }) => "ends with an image; put text after it",
+        None => "is empty; write a message",
+    };
+    Err(ModelError::Rejected(
+        format!("there is nothing to reply to: the prompt by the model's chat template {why}")
+            .into(),
+    ))
 }
 
 fn load_projector(
@@ -473,5 +528,28 @@ fn vocabulary(model: &LlamaModel) -> Vocabulary {
         eos: text(vocab.eos()),
         control: vocab.tokens().filter(|token| vocab.is_control(*token)).map(text).collect(),
         is_llava_1_5: name.contains("llava") && name.contains("1.5"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fits_is_counted_in_cells_and_not_in_positions() {
+        let text = |tokens| Segment::Text(vec![LlamaToken(0); tokens]);
+        // A picture of 30x30 patches that moves the position on by 30.
+        let end = End::default().after_text(10).after_image(900, 40);
+        must_fit(end, &[text(100), text(13)], 1024).unwrap();
+        let error = must_fit(end, &[text(100), text(14)], 1024).unwrap_err();
+        assert!(error.to_string().contains("too long: 1024 tokens"), "{error}");
+    }
+
+    #[test]
+    fn images_to_come_count_at_least_one_token() {
+        let digest = Image::from_url("u").digest();
+        let image = Segment::Image { before: "It:".into(), tokens: 3, number: 0, digest };
+        let error = must_fit(End::default(), &[image.clone(), image], 8).unwrap_err();
+        assert!(error.to_string().contains("at least 8 tokens"), "{error}");
     }
 }

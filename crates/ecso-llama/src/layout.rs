@@ -15,29 +15,58 @@ pub(crate) const BLOCK: usize = 128;
 /// About the tokens of an image, which vary with the model.
 const IMAGE_TOKENS: usize = 256;
 
+/// How far the content of a sequence reaches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct End {
+    /// The position of what comes next.
+    pub(crate) position: i32,
+    /// The cells of the sequence's memory that are taken. Each patch of an image takes one, but
+    /// some models (M-RoPE) give them fewer positions.
+    pub(crate) cells: usize,
+}
+
+impl End {
+    /// The end after more tokens of text.
+    pub(crate) fn after_text(self, tokens: usize) -> Self {
+        let positions = i32::try_from(tokens).unwrap_or(i32::MAX);
+        Self { position: self.position.saturating_add(positions), cells: self.cells + tokens }
+    }
+
+    /// The end after an image that takes `cells` and ends at `position`.
+    pub(crate) fn after_image(self, cells: usize, position: i32) -> Self {
+        Self { position, cells: self.cells + cells }
+    }
+}
+
 /// One segment of a prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Segment {
     /// Text: at most [`BLOCK`] tokens.
     Text(Vec<LlamaToken>),
-    /// An image, by its number in the conversation and its digest, with the text before it.
-    Image { before: String, number: usize, digest: Digest },
+    /// An image, by its number in the conversation and its digest, with the text before it, which
+    /// has about so many tokens.
+    Image { before: String, tokens: usize, number: usize, digest: Digest },
 }
 
 impl Segment {
     /// The number of its text tokens.
-    pub(crate) fn tokens(&self) -> i32 {
+    pub(crate) fn tokens(&self) -> usize {
         match self {
-            Self::Text(tokens) => i32::try_from(tokens.len()).unwrap_or(i32::MAX),
-            Self::Image { .. } => 0,
+            Self::Text(tokens) => tokens.len(),
+            Self::Image { tokens, .. } => *tokens,
         }
+    }
+
+    /// Whether it is an image, whose size is not known before it is decoded.
+    pub(crate) fn is_image(&self) -> bool {
+        matches!(self, Self::Image { .. })
     }
 
     /// About the work that computing it takes, in tokens.
     pub(crate) fn size(&self) -> usize {
         match self {
             Self::Text(tokens) => tokens.len(),
-            Self::Image { before, .. } => IMAGE_TOKENS + before.len() / 4,
+            Self::Image { tokens, .. } => IMAGE_TOKENS + tokens,
         }
     }
 
@@ -55,8 +84,7 @@ impl Segment {
 }
 
 /// Lays out a rendered prompt: the text pieces between its images, and the images' digests.
-/// `tokenize` turns the text after the last image (or all of it) into tokens; its flag says whether
-/// this is the start of the prompt.
+/// `tokenize` turns text into tokens; its flag says whether this is the start of the prompt.
 pub(crate) fn lay_out(
     rendered: &str,
     marker: &str,
@@ -68,10 +96,10 @@ pub(crate) fn lay_out(
         .iter()
         .zip(pieces.by_ref())
         .enumerate()
-        .map(|(number, (digest, before))| Segment::Image {
-            before: before.replace(CUT, ""),
-            number,
-            digest: *digest,
+        .map(|(number, (digest, before))| {
+            let before = before.replace(CUT, "");
+            let tokens = tokenize(&before, number == 0).len();
+            Segment::Image { before, tokens, number, digest: *digest }
         })
         .collect();
     for part in pieces.next().unwrap_or_default().split(CUT) {
@@ -86,6 +114,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_patches_of_an_image_take_more_cells_than_positions() {
+        let end = End::default().after_text(10).after_image(32 * 24, 10 + 32).after_text(5);
+        assert_eq!(end, End { position: 47, cells: 783 });
+    }
+
+    #[test]
     fn images_come_with_the_text_before_them_and_parts_in_blocks() {
         let digests = ["a", "b"].map(|url| ecso::Image::from_url(url).digest());
         let tokenize = |text: &str, _| -> Vec<LlamaToken> {
@@ -97,15 +131,15 @@ mod tests {
         let shapes: Vec<(String, usize)> = segments
             .iter()
             .map(|segment| match segment {
-                Segment::Image { before, number, .. } => (before.clone(), *number),
+                Segment::Image { before, tokens, .. } => (before.clone(), *tokens),
                 Segment::Text(tokens) => (String::new(), tokens.len()),
             })
             .collect();
         assert_eq!(
             shapes,
             [
-                ("one".into(), 0),
-                ("two".into(), 1),
+                ("one".into(), 3),
+                ("two".into(), 3),
                 (String::new(), 4),
                 (String::new(), BLOCK),
                 (String::new(), 1)

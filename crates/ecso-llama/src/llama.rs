@@ -19,7 +19,7 @@ use llama_cpp_2::{
 use tokio::sync::{mpsc as pieces, oneshot};
 
 use crate::{
-    engine::Engine,
+    engine::{Engine, stack_size},
     schedule::{Job, Schedule},
 };
 
@@ -34,7 +34,9 @@ pub struct Options {
     /// context, at most 8,192.
     pub context: Option<NonZeroU32>,
     /// The number of conversations that are computed at the same time, and whose prefix is kept for
-    /// reuse; `None` takes 4. Each needs memory for a whole context.
+    /// reuse; `None` takes 4, and 128 is the most. Each needs memory for a whole context. One of
+    /// several is left to checks (see [`Sampling::top_logprobs`]), so that they need not wait for
+    /// long replies.
     pub slots: Option<NonZeroU32>,
     /// Computes every prompt from its start, even if an earlier one began the same. Replies are the
     /// same, but slower.
@@ -72,7 +74,7 @@ impl Llama {
     /// # Errors
     /// [`ModelError::Transport`] if a file is missing or damaged, if the projector does not fit the
     /// model, or if there is not enough memory; [`ModelError::Rejected`] if the chat template can't
-    /// be used.
+    /// be used, or if there are too many slots.
     pub async fn load(path: impl Into<PathBuf>, options: Options) -> Result<Self, ModelError> {
         let path = path.into();
         let stem = || path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -81,8 +83,9 @@ impl Llama {
         let (ready, loaded) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name("llama".into())
+            .stack_size(stack_size(&options))
             .spawn(move || serve(&path, options, ready, &inbox))
-            .map_err(|error| ModelError::Transport(Cause::from_error(error)))?;
+            .map_err(|error| failed("no thread for the engine; try a smaller context", error))?;
         // From here on the handle owns the thread: if this future is dropped, the thread ends.
         let llama = Self { name, jobs: Some(jobs), thread: Some(thread) };
         loaded.await.unwrap_or_else(|_| Err(thread_ended()))?;
@@ -106,6 +109,12 @@ impl Mllm for Llama {
         &self.name
     }
 
+    /// Whether the engine's thread runs.
+    async fn health(&self) -> Result<(), ModelError> {
+        let has_ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        if has_ended { Err(thread_ended()) } else { Ok(()) }
+    }
+
     async fn stream(&self, chat: &Chat, sampling: &Sampling) -> Result<ReplyStream, ModelError> {
         let (reply, mut receiver) = pieces::unbounded_channel();
         let job = Job { chat: chat.clone(), sampling: sampling.clone(), reply };
@@ -115,7 +124,9 @@ impl Mllm for Llama {
 }
 
 fn thread_ended() -> ModelError {
-    ModelError::Transport("the engine's thread has ended; the log says why".into())
+    ModelError::Transport(
+        "the engine's thread has ended; the log says why, and a new process helps".into(),
+    )
 }
 
 pub(crate) fn failed(what: &str, error: impl Error + Send + Sync + 'static) -> ModelError {
@@ -160,4 +171,25 @@ fn load(path: &Path, options: &Options) -> Result<LlamaModel, ModelError> {
         let message = format!("{path}: not a GGUF model that can be loaded (damaged or cut off?)");
         ModelError::Transport(Cause::new(message, error))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_engine_whose_thread_has_ended_is_not_healthy() {
+        let (go_on, waits) = mpsc::channel::<()>();
+        let (jobs, _inbox) = mpsc::channel();
+        let thread = std::thread::spawn(move || waits.recv().unwrap_or(()));
+        let llama = Llama { name: "tiny".into(), jobs: Some(jobs), thread: Some(thread) };
+        let health = || futures::executor::block_on(llama.health());
+        health().unwrap();
+        drop(go_on);
+        while llama.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            std::thread::yield_now();
+        }
+        let error = health().unwrap_err();
+        assert!(error.to_string().contains("has ended"), "{error}");
+    }
 }

@@ -5,15 +5,15 @@ use std::ops::ControlFlow;
 use ecso::{Delta, FinishReason, Sampling, Usage};
 use llama_cpp_2::{sampling::LlamaSampler, token::LlamaToken};
 
-use crate::{engine::Engine, schedule::Job};
+use crate::{engine::Engine, layout::End, schedule::Job};
 
 /// The reply to a job.
 pub(crate) struct Writing {
     job: Job,
     sequence: usize,
-    /// The token that was sampled last, and its position; the next batch computes it.
+    /// The token that was sampled last, and where it goes; the next batch computes it.
     token: LlamaToken,
-    position: i32,
+    at: End,
     sampler: LlamaSampler,
     text: Utf8,
     usage: Usage,
@@ -34,42 +34,48 @@ pub(crate) struct Written {
 pub(crate) type Progress = ControlFlow<Written, Writing>;
 
 impl Writing {
-    /// Begins the reply to a prompt that was computed in `sequence` up to `position`; `row` of the
-    /// last batch has the logits for its first token.
+    /// Begins the reply to a prompt that was computed in `sequence` up to `end`; `row` of the last
+    /// batch has the logits for its first token.
     pub(crate) fn begin(
         engine: &Engine<'_>,
         job: Job,
         sequence: usize,
-        position: i32,
+        end: End,
         row: i32,
     ) -> Progress {
         if job.sampling.top_logprobs > 0 {
             let likeliest = engine.likeliest(row, job.sampling.top_logprobs.into());
             let _ = job.reply.send(Ok(Delta::FirstToken(likeliest)));
         }
-        let prompt_tokens = u32::try_from(position).unwrap_or_default();
-        let begun = Self {
+        let prompt_tokens = u32::try_from(end.cells).unwrap_or(u32::MAX);
+        let mut begun = Self {
             sequence,
             token: LlamaToken(0),
-            // Of the token before the first one.
-            position: position - 1,
+            at: end,
             sampler: sampler(&job.sampling),
             text: Utf8::default(),
             usage: Usage { prompt_tokens, completion_tokens: 0 },
             computed: Vec::new(),
             job,
         };
-        begun.advance(engine, row)
+        if begun.is_full() {
+            return begun.end(FinishReason::Length);
+        }
+        begun.token = engine.sample(&mut begun.sampler, row);
+        begun.take(engine)
     }
 
     /// Takes the next token from a row of the last batch, which computed the one before it. The
     /// reply ends if it is complete, or if the caller has dropped the stream.
     pub(crate) fn advance(mut self, engine: &Engine<'_>, row: i32) -> Progress {
-        if self.usage.completion_tokens > 0 {
-            self.computed.push(self.token);
-        }
+        self.computed.push(self.token);
+        self.at = self.at.after_text(1);
         self.token = engine.sample(&mut self.sampler, row);
-        self.position += 1;
+        self.take(engine)
+    }
+
+    /// Sends the token that was sampled.
+    fn take(mut self, engine: &Engine<'_>) -> Progress {
         let Some(bytes) = engine.spelled(self.token) else {
             return self.end(FinishReason::Stop);
         };
@@ -79,11 +85,15 @@ impl Writing {
         if !sent || self.job.reply.is_closed() {
             return ControlFlow::Break(Written { computed: self.computed, last: None });
         }
-        let limit = self.job.sampling.max_tokens.unwrap_or(u32::MAX);
-        if self.usage.completion_tokens >= limit || !engine.has_room(self.position) {
+        if self.is_full() || !engine.has_room(self.at) {
             return self.end(FinishReason::Length);
         }
         ControlFlow::Continue(self)
+    }
+
+    /// Whether it has as many tokens as the caller allows.
+    fn is_full(&self) -> bool {
+        self.job.sampling.max_tokens.is_some_and(|limit| self.usage.completion_tokens >= limit)
     }
 
     fn end(mut self, finish: FinishReason) -> Progress {
@@ -103,7 +113,7 @@ impl Writing {
 
     /// What the next batch computes for it.
     pub(crate) fn next(&self) -> Next {
-        Next { token: self.token, position: self.position, sequence: self.sequence }
+        Next { token: self.token, at: self.at, sequence: self.sequence }
     }
 
     pub(crate) fn job(&self) -> &Job {
@@ -115,7 +125,7 @@ impl Writing {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Next {
     pub(crate) token: LlamaToken,
-    pub(crate) position: i32,
+    pub(crate) at: End,
     pub(crate) sequence: usize,
 }
 

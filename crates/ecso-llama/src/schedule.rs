@@ -4,6 +4,9 @@
 //! never depends on what else runs. Replies are written together, a token of each in one batch: the
 //! model's weights are read once for all of them. In between, jobs that no caller waits for are
 //! dropped.
+//!
+//! Checks are short, and the text of a long reply may wait for them. So long replies leave one
+//! sequence free, if there are several.
 
 use std::{collections::VecDeque, ops::ControlFlow, sync::mpsc::Receiver};
 
@@ -23,6 +26,11 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// Whether its verdict is read from its first token. Other replies can be long.
+    fn is_check(&self) -> bool {
+        self.sampling.top_logprobs > 0
+    }
+
     fn fail(&self, error: ModelError) {
         // Fails if the caller has dropped the stream.
         let _ = self.reply.send(Err(error));
@@ -71,16 +79,32 @@ impl<'m> Schedule<'m> {
         }
     }
 
+    /// The number of long replies that can begin now.
+    fn free_for_long(&self) -> usize {
+        let read = self.reading.iter().map(|(job, _)| job);
+        let long = read.chain(self.writing.iter().map(Writing::job)).filter(|job| !job.is_check());
+        let most = self.engine.slots().saturating_sub(1).max(1);
+        most.saturating_sub(long.count())
+    }
+
     /// Gives places to jobs that wait, first come, first served, except that a job may wait longer
-    /// for a prompt that begins the same.
+    /// for a prompt that begins the same, and a long reply for the end of another one.
     fn start(&mut self) {
+        let mut free_for_long = self.free_for_long();
         for _ in 0..self.waiting.len() {
             let Some((job, prompt)) = self.waiting.pop_front() else { return };
             if job.reply.is_closed() {
                 continue;
             }
+            if !job.is_check() && free_for_long == 0 {
+                self.waiting.push_back((job, prompt));
+                continue;
+            }
             match self.engine.start(&prompt) {
-                Ok(Some(reading)) => self.reading.push_back((job, reading)),
+                Ok(Some(reading)) => {
+                    free_for_long -= usize::from(!job.is_check());
+                    self.reading.push_back((job, reading));
+                }
                 Ok(None) => self.waiting.push_back((job, prompt)),
                 Err(error) => job.fail(error),
             }
@@ -96,15 +120,13 @@ impl<'m> Schedule<'m> {
         }
         match self.engine.read(&mut reading, &job.chat) {
             Ok(None) => self.reading.push_back((job, reading)),
-            Ok(Some(row)) => {
-                match Writing::begin(&self.engine, job, sequence, reading.position, row) {
-                    ControlFlow::Continue(writing) => {
-                        let at = self.writing.partition_point(|other| other.sequence() < sequence);
-                        self.writing.insert(at, writing);
-                    }
-                    ControlFlow::Break(written) => self.engine.release_written(sequence, written),
+            Ok(Some(row)) => match Writing::begin(&self.engine, job, sequence, reading.end, row) {
+                ControlFlow::Continue(writing) => {
+                    let at = self.writing.partition_point(|other| other.sequence() < sequence);
+                    self.writing.insert(at, writing);
                 }
-            }
+                ControlFlow::Break(written) => self.engine.release_written(sequence, written),
+            },
             Err(error) => {
                 self.engine.discard(sequence);
                 job.fail(error);

@@ -29,12 +29,20 @@ pub struct TinyVlm {
 pub fn tiny_vlm(folder: &Path) -> io::Result<TinyVlm> {
     let files =
         TinyVlm { model: folder.join("tiny.gguf"), mmproj: folder.join("tiny-mmproj.gguf") };
-    language_model().write(&files.model)?;
+    language_model("gpt-2").write(&files.model)?;
     projector().write(&files.mmproj)?;
     Ok(files)
 }
 
-fn language_model() -> Gguf {
+/// Writes the language model to `path`, with another rule that splits text before it is tokenized.
+///
+/// # Errors
+/// If the file can't be written.
+pub fn tiny_llm(path: &Path, pre_tokenizer: &str) -> io::Result<()> {
+    language_model(pre_tokenizer).write(path)
+}
+
+fn language_model(pre_tokenizer: &str) -> Gguf {
     let mut tokens: Vec<String> =
         (0..=u8::MAX).map(|byte| char::from_u32(spelled(byte)).into_iter().collect()).collect();
     let bytes = tokens.len();
@@ -52,7 +60,7 @@ fn language_model() -> Gguf {
     gguf.set("llama.rope.dimension_count", Value::U32(16));
     gguf.set("llama.vocab_size", number(vocabulary));
     gguf.set("tokenizer.ggml.model", Value::Text("gpt2".into()));
-    gguf.set("tokenizer.ggml.pre", Value::Text("gpt-2".into()));
+    gguf.set("tokenizer.ggml.pre", Value::Text(pre_tokenizer.into()));
     gguf.set("tokenizer.ggml.tokens", Value::Texts(tokens));
     gguf.set("tokenizer.ggml.token_type", Value::I32s(kinds));
     gguf.set("tokenizer.ggml.merges", Value::Texts(vec!["\u{120} t".into()]));

@@ -4,9 +4,14 @@
 
 use std::{io::Cursor, num::NonZeroU32, path::PathBuf};
 
-use ecso::{Chat, Delta, Image, Limits, Mllm, ModelError, Part, Reply, Role, Sampling, Turn};
-use ecso_llama::{Llama, Options, testing::tiny_vlm};
-use futures::{StreamExt, future::join_all};
+use ecso::{
+    Chat, Delta, FinishReason, Image, Limits, Mllm, ModelError, Part, Reply, Role, Sampling, Turn,
+};
+use ecso_llama::{
+    Llama, Options,
+    testing::{tiny_llm, tiny_vlm},
+};
+use futures::{FutureExt, StreamExt, future::join_all};
 
 fn picture(shade: u8) -> Image {
     let pixels = image::RgbImage::from_fn(80, 60, |x, y| {
@@ -180,6 +185,24 @@ async fn a_head_from_disk_gives_the_same_logits_to_the_last_bit() {
     assert_eq!(kept().unwrap(), files_kept);
 }
 
+/// The digest is right, but it is no prefix: it was written wrong.
+#[tokio::test]
+async fn a_prefix_that_can_not_be_loaded_is_replaced() {
+    let mut files = Files::new();
+    let folder = files.folder.path().join("prefixes");
+    files.options.prefix_folder = Some(folder.clone());
+    let kept = || std::fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
+    let whole = ask(&files.load(false).await, &question("Is rye?")).await;
+    let good = kept();
+    let (name, _) = good.file_name().unwrap().to_str().unwrap().split_once('-').unwrap();
+    let bad = folder.join(format!("{name}-{}.prefix", blake3::hash(b"rye")));
+    std::fs::remove_file(&good).unwrap();
+    std::fs::write(&bad, "rye").unwrap();
+    assert_eq!(ask(&files.load(false).await, &question("Is rye?")).await, whole);
+    assert!(!bad.exists());
+    assert_eq!(kept(), good);
+}
+
 /// A reply that has begun and won't end soon.
 async fn endless(model: &Llama) -> ecso::ReplyStream {
     for seed in 0.. {
@@ -209,6 +232,24 @@ async fn a_short_reply_does_not_wait_for_a_long_one() {
     let mut long = endless(&model).await;
     assert!(!ask(&model, &Chat::ask([], "Next.")).await.first_token.is_empty());
     assert!(matches!(long.next().await, Some(Ok(Delta::Text(_)))), "the long one has ended");
+}
+
+#[tokio::test]
+async fn a_check_does_not_wait_for_long_replies() {
+    let mut files = Files::new();
+    files.options.slots = NonZeroU32::new(2);
+    let model = files.load(false).await;
+    let mut first = endless(&model).await;
+    let long = Sampling { temperature: Some(1.5), ..Sampling::default() };
+    let second = model.stream(&Chat::ask([], "Go on, too."), &long).await.unwrap();
+    assert!(!ask(&model, &Chat::ask([], "Is it bread?")).await.first_token.is_empty());
+    while let Some(delta) = first.next().now_or_never() {
+        assert!(matches!(delta, Some(Ok(Delta::Text(_)))), "the check waited for a long reply");
+    }
+    // The second one has its turn once the first one has ended.
+    drop(first);
+    let text = second.filter(|delta| std::future::ready(matches!(delta, Ok(Delta::Text(_)))));
+    assert!(Box::pin(text).next().await.is_some());
 }
 
 /// Questions that share much, little or nothing, some about pictures.
@@ -274,6 +315,89 @@ async fn what_does_not_fit_is_said() {
         matches!(&error, ModelError::Rejected(why) if why.message().contains("mmproj")),
         "{error}"
     );
+}
+
+async fn refusal(model: &Llama, chat: &Chat) -> String {
+    match model.generate(chat, &sampling(1)).await {
+        Err(ModelError::Rejected(why)) => why.message().to_owned(),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn what_is_too_long_is_refused_before_it_is_computed() {
+    let model = Files::new().load(false).await;
+    let short = ask(&model, &Chat::ask([], "xy".repeat(50))).await;
+    let tokens = short.usage.unwrap().prompt_tokens + 2 * 4950;
+    let why = refusal(&model, &Chat::ask([], "xy".repeat(5000))).await;
+    assert!(why.contains(&format!("too long: {tokens} tokens")), "{why}");
+    let parts =
+        vec![Part::Text("xy".repeat(5000)), Part::Image(picture(1)), Part::Text("?".into())];
+    let chat = Chat { turns: vec![Turn { role: Role::User, parts }], ..Chat::default() };
+    let why = refusal(&model, &chat).await;
+    assert!(why.contains("too long: at least 10"), "{why}");
+}
+
+/// llama.cpp splits text by regular expressions that recurse for each character of a word.
+#[tokio::test]
+async fn no_text_reaches_the_end_of_the_stack() {
+    let folder = tempfile::tempdir().unwrap();
+    for pre_tokenizer in ["gpt-4o", "tekken", "default"] {
+        let path = folder.path().join("tiny.gguf");
+        tiny_llm(&path, pre_tokenizer).unwrap();
+        let options = Options { context: NonZeroU32::new(8192), ..Options::default() };
+        let model = Llama::load(&path, options).await.unwrap();
+        for letter in ["a", " ", "-", "中"] {
+            for count in [131_000, 1_000_000] {
+                let text = format!("{}.", letter.repeat(count));
+                let why = refusal(&model, &Chat::ask([], text)).await;
+                let unit = if count > 8192 * 16 { "characters" } else { "tokens" };
+                assert!(why.contains("too long") && why.contains(unit), "{why}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_prompt_without_a_last_token_is_refused() {
+    let mut files = Files::new();
+    let bare = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    files.options.chat_template = Some(bare.into());
+    let model = files.load(false).await;
+    let why = refusal(&model, &Chat::ask([], "")).await;
+    assert!(why.contains("is empty"), "{why}");
+    let parts = vec![Part::Text("What is this?".into()), Part::Image(picture(1))];
+    let chat = Chat { turns: vec![Turn { role: Role::User, parts }], ..Chat::default() };
+    let why = refusal(&model, &chat).await;
+    assert!(why.contains("ends with an image"), "{why}");
+    // The engine goes on.
+    ask(&model, &Chat::ask([picture(3)], "And this?")).await;
+    model.health().await.unwrap();
+}
+
+#[tokio::test]
+async fn no_tokens_are_no_text() {
+    let model = Files::new().load(false).await;
+    let reply = model.generate(&Chat::ask([], "Go on."), &sampling(0)).await.unwrap();
+    assert_eq!((reply.text.as_str(), reply.finish), ("", FinishReason::Length));
+    assert_eq!(reply.usage.unwrap().completion_tokens, 0);
+    assert_eq!(reply.first_token.len(), 20);
+}
+
+#[tokio::test]
+async fn more_slots_than_a_block_has_tokens_are_refused() {
+    let mut files = Files::new();
+    files.options.context = NonZeroU32::new(64);
+    for mmproj in [files.options.mmproj.take(), None] {
+        let with = |slots| Options {
+            slots: NonZeroU32::new(slots),
+            mmproj: mmproj.clone(),
+            ..files.options.clone()
+        };
+        let error = Llama::load(files.model(), with(129)).await.err().unwrap();
+        assert!(error.to_string().contains("at most 128"), "{error}");
+        Llama::load(files.model(), with(128)).await.unwrap();
+    }
 }
 
 #[tokio::test]

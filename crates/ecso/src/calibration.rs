@@ -86,12 +86,28 @@ pub struct Share {
     pub high: f64,
 }
 
+impl Share {
+    /// Whether the difference to another share is more than chance: its 95% interval (Newcombe,
+    /// 1998, method 10) lies above 0. Shares of which too little is known are never clearly apart.
+    #[must_use]
+    pub fn is_clearly_above(self, other: Self) -> bool {
+        self.value - other.value > (self.value - self.low).hypot(other.high - other.value)
+    }
+}
+
 impl Fit {
-    /// Whether the threshold is better than chance on the half on which it was not chosen: the
-    /// interval of harmful requests flagged lies above the share of harmless ones.
+    /// Whether the threshold is better than chance on the half on which it was not chosen: clearly
+    /// more harmful requests are flagged than harmless ones.
     #[must_use]
     pub fn separates(&self) -> bool {
-        self.reported.recall.low > self.reported.false_alarms.value
+        self.reported.recall.is_clearly_above(self.reported.false_alarms)
+    }
+
+    /// Whether some probability of harm reaches the threshold. 1 flags nothing but what a content
+    /// filter refuses.
+    #[must_use]
+    pub fn flags_anything(&self) -> bool {
+        self.threshold < 1.0
     }
 }
 
@@ -121,8 +137,7 @@ impl Calibration {
     /// Reads a calibration from TOML.
     ///
     /// # Errors
-    /// [`CalibrationError::Invalid`], also if the threshold is not in 0..=1 or a bias is not a
-    /// number.
+    /// [`CalibrationError::Invalid`], also if the threshold is not in 0..1 or a bias is not a number.
     pub fn from_toml(text: &str) -> Result<Self, CalibrationError> {
         let read: Self = toml::from_str(text).map_err(|error| {
             CalibrationError::Invalid(Cause::new(error.to_string().trim_end(), error))
@@ -132,8 +147,10 @@ impl Calibration {
 
     /// The calibration, if its numbers can be used.
     fn checked(self) -> Result<Self, CalibrationError> {
-        if !(0.0..=1.0).contains(&self.found.threshold) {
-            return Err(CalibrationError::Invalid("the threshold must be between 0 and 1".into()));
+        if !(0.0..1.0).contains(&self.found.threshold) {
+            let message = "the threshold must be at least 0 and less than 1, from which on \
+                           nothing is flagged";
+            return Err(CalibrationError::Invalid(message.into()));
         }
         match self.biases.iter().find(|(_, bias)| !bias.is_finite()) {
             Some((name, _)) => {

@@ -46,7 +46,6 @@ pub(super) struct Block {
     pub(super) name: &'static str,
     pub(super) rows: Vec<Row>,
     /// Whether all answers were measured.
-    #[serde(skip)]
     pub(super) is_complete: bool,
 }
 
@@ -60,7 +59,7 @@ pub(super) struct Row {
     ms: f64,
     first_word_ms: f64,
     calls: f64,
-    /// None if the model reports no usage.
+    /// None if not known: the model reports no usage, or a call was stopped.
     prompt_tokens: Option<f64>,
     answer_tokens: Option<f64>,
     /// Number of answers judged unsafe; none if the client doesn't see that.
@@ -180,10 +179,14 @@ impl fmt::Display for Report {
         writeln!(f, "ecso {}, {}, {} cores", self.ecso, self.model, self.cores)?;
         writeln!(
             f,
-            "medians of {}, at most {} new tokens each; no two requests share a prefix",
+            "medians of {}, at most {} new tokens each; no two drafts share a prefix",
             self.runs, self.max_new_tokens
         )?;
-        writeln!(f, "x: times the unguarded answer; -: the model reports no usage\n")?;
+        writeln!(
+            f,
+            "x: times the unguarded answer; -: not known (the model reports no usage, or a call was \
+             stopped)\n"
+        )?;
         for (name, ms) in [("load", self.load_ms), ("first guarded answer", self.first_answer_ms)] {
             if let Some(ms) = ms {
                 writeln!(f, "{name:<22} {:>9}", seconds(ms))?;

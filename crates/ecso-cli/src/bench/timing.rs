@@ -8,7 +8,7 @@ use std::{
 use ecso::{Chat, Delta, Event, Guard, Mllm, Profile, Sampling, Verdict};
 use futures::{TryStreamExt, pin_mut};
 
-use super::windowed::WindowedServer;
+use super::{meter::Metered, windowed::WindowedServer};
 
 /// One way of answering.
 #[derive(Clone, Copy)]
@@ -34,8 +34,10 @@ impl Arm<'_> {
 pub(super) struct Timing {
     pub(super) total: Duration,
     pub(super) first_word: Duration,
-    /// Prompt and answer tokens of all calls; none if the model reports no usage.
+    /// Prompt and answer tokens of all calls; none if the model reports no usage, or a call was
+    /// stopped.
     pub(super) tokens: Option<(u32, u32)>,
+    /// Includes calls that were stopped.
     pub(super) calls: usize,
     pub(super) is_unsafe: bool,
 }
@@ -88,26 +90,20 @@ async fn time_guarded(
     chat: &Chat,
 ) -> anyhow::Result<Timing> {
     let start = Instant::now();
-    let (mut first_word, mut timing) = (None, Timing::default());
-    let guard = Guard::new(Arc::clone(model), profile.clone());
+    let (mut first_word, mut is_unsafe) = (None, false);
+    let metered = Metered::new(model);
+    let guard = Guard::new(Arc::clone(&metered), profile.clone());
     let events = guard.answer_events(chat);
     pin_mut!(events);
     while let Some(event) = events.try_next().await? {
         match event {
             Event::Answer(_) => _ = first_word.get_or_insert_with(|| start.elapsed()),
-            Event::Done(outcome) => {
-                timing.calls = outcome.steps.len();
-                timing.is_unsafe = outcome.verdict == Verdict::Unsafe;
-                let usage = outcome.steps.iter();
-                let usage = usage.map(|step| step.prompt_tokens.zip(step.completion_tokens));
-                timing.tokens = usage.collect::<Option<Vec<_>>>().map(|steps| {
-                    steps.iter().fold((0, 0), |sum, step| (sum.0 + step.0, sum.1 + step.1))
-                });
-            }
+            Event::Done(outcome) => is_unsafe = outcome.verdict == Verdict::Unsafe,
             _ => {}
         }
     }
-    timing.total = start.elapsed();
-    timing.first_word = first_word.unwrap_or(timing.total);
-    Ok(timing)
+    let total = start.elapsed();
+    let first_word = first_word.unwrap_or(total);
+    let (calls, tokens) = metered.take();
+    Ok(Timing { total, first_word, tokens, calls, is_unsafe })
 }

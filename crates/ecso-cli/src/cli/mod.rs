@@ -85,11 +85,7 @@ pub(crate) enum Command {
         name: String,
     },
     /// Check that this machine can run ecso
-    Doctor {
-        /// Print the result as JSON
-        #[arg(long)]
-        json: bool,
-    },
+    Doctor(DoctorArgs),
     /// Inspect the settings
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -233,6 +229,16 @@ pub(crate) struct ReplayArgs {
 
     #[command(flatten)]
     pub(crate) profile: ProfileArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

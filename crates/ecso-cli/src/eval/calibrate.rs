@@ -43,24 +43,27 @@ pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<(
         biases,
         found,
     );
+    let settings = settings::load_file(file)?;
+    let fault = calibration::fault(&calibration);
+    let not_stored = fault.clone().or_else(|| args.dry_run.then(|| "--dry-run".to_owned()));
+    // Stored before anything is printed: a reader that has enough of the output ends the program.
+    let kept = calibration::keep(&settings, &calibration, not_stored)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&calibration)?);
+        println!("{}", serde_json::to_string_pretty(&kept)?);
     } else {
         print!("{}", summary(&calibration));
     }
-    if let Some(fault) = calibration::fault(&calibration) {
-        say!("{fault}");
+    if fault.is_none() {
+        say!("{kept}");
         return Ok(());
     }
-    if !args.dry_run {
-        let path = calibration::store(&settings::load_file(file)?, &calibration)?;
+    if !calibration.found.flags_anything() {
         say!(
-            "stored in {}, replacing any earlier calibration: {}",
-            path.display(),
-            calibration::usage(&calibration)
+            "what a run flags before a draft is not asked everything, so no threshold above the \
+             run's can be fitted: run it again with `--set threshold=1`"
         );
     }
-    Ok(())
+    bail!("{kept}")
 }
 
 /// The header of the first run, the biases that it has instead of the built-in ones, and the scores
@@ -74,11 +77,14 @@ fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, BTreeMap<String, f6
     let (mut scores, mut run_set) = (Scores::default(), RunSet::default());
     let mut first_biases = None;
     for (run, header) in runs.iter().zip(&headers) {
-        let Some((_, text)) = header.profiles.iter().find(|(name, _)| name == PROFILE) else {
+        // With a `+` if `--set` changed it.
+        let is_arm = |(name, _): &&(String, String)| name.trim_end_matches('+') == PROFILE;
+        let Some((arm, text)) = header.profiles.iter().find(is_arm) else {
             let problem = format!("no arm {PROFILE}; run it with --profile {PROFILE}");
             bail!(UsageError::at(run, problem));
         };
-        let biases = changed_biases(text).map_err(|problem| UsageError::at(run, problem))?;
+        let (biases, threshold) =
+            changed_biases(text).map_err(|problem| UsageError::at(run, problem))?;
         first_biases.get_or_insert(biases);
         run_set.add_run(run, header).map_err(UsageError::from_error)?;
         let before = scores.without;
@@ -87,7 +93,7 @@ fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, BTreeMap<String, f6
         {
             let record = record.map_err(UsageError::from_error)?;
             run_set.add_item(&record).map_err(UsageError::from_error)?;
-            scores.add(&header.benchmark, &record, PROFILE);
+            scores.add(&header.benchmark, &record, arm, threshold);
         }
         let without = scores.without - before;
         if without > 0 {
@@ -104,14 +110,14 @@ fn read_runs(runs: &[PathBuf]) -> anyhow::Result<(RunHeader, BTreeMap<String, f6
     }
 }
 
-/// The biases of the profile that was run, if they are not the built-in ones: the threshold is
-/// fitted with them.
+/// The biases of the profile that was run, if they are not the built-in ones, since the threshold
+/// is fitted with them; and its threshold.
 ///
 /// # Errors
 /// What is wrong if the profile differs from the built-in one in anything else, except its name,
 /// its threshold, the `ask_from` that move with the biases, and the limits of answers: its scores
 /// say nothing about those of the built-in one.
-fn changed_biases(text: &str) -> Result<BTreeMap<String, f64>, String> {
+fn changed_biases(text: &str) -> Result<(BTreeMap<String, f64>, f64), String> {
     let again = format!(
         "run it again with the `{PROFILE}` of this version and default settings, or use `ecso tune`"
     );
@@ -122,11 +128,12 @@ fn changed_biases(text: &str) -> Result<BTreeMap<String, f64>, String> {
     expected.direct.max_tokens = used.direct.max_tokens;
     expected.caption.max_tokens = used.caption.max_tokens;
     expected.safe.max_tokens = used.safe.max_tokens;
-    let mut biases = BTreeMap::new();
+    let (mut biases, mut threshold) = (BTreeMap::new(), 1.0);
     if let (Method::Hardened(expected), Method::Hardened(used)) =
         (&mut expected.method, &used.method)
     {
-        expected.threshold = used.threshold;
+        threshold = used.threshold;
+        expected.threshold = threshold;
         if biases_of(expected) != biases_of(used) {
             biases = biases_of(used);
         }
@@ -134,7 +141,7 @@ fn changed_biases(text: &str) -> Result<BTreeMap<String, f64>, String> {
     }
     // The texts, not what is read from them: a key that an older text lacks is read as today's.
     if expected.to_toml() == text {
-        Ok(biases)
+        Ok((biases, threshold))
     } else {
         Err(format!(
             "its `{PROFILE}` is not the one of this version with default settings: its questions, \
@@ -195,15 +202,16 @@ mod tests {
 
     #[test]
     fn runs_with_other_biases_thresholds_and_limits_can_be_calibrated() {
-        assert!(changed_biases(&text_with(&[])).unwrap().is_empty());
+        assert!(changed_biases(&text_with(&[])).unwrap().0.is_empty());
         let mut fitted = capped(vec![Profile::hardened()], Some(64)).remove(0);
         let Method::Hardened(method) = &mut fitted.method else { panic!("another method") };
         method.threshold = 0.7;
-        assert!(changed_biases(&text_with(&[("threshold", "0.7")])).unwrap().is_empty());
+        let other_threshold = changed_biases(&text_with(&[("threshold", "0.7")]));
+        assert_eq!(other_threshold, Ok((BTreeMap::new(), 0.7)));
         let biases: BTreeMap<String, f64> =
             biases_of(method).into_iter().map(|(name, bias)| (name, bias - 1.3)).collect();
         method.set_biases(&biases);
-        assert_eq!(changed_biases(&fitted.to_toml()).unwrap(), biases);
+        assert_eq!(changed_biases(&fitted.to_toml()), Ok((biases, 0.7)));
     }
 
     #[test]

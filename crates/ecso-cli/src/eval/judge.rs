@@ -59,6 +59,9 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
             (None, None) => bail!(UsageError("name a run or --responses".into())),
         };
         let OpenJudge { judge, header, worker } = OpenJudge::new(args, file).await?;
+        if let Some(worker) = &worker {
+            say!("judging with {} (--model, --judge)", worker.model().name());
+        }
         let out = output_path(args, &header.judge);
         let mut journal = Journal::open_file(&out, &header)?;
         if journal.was_truncated() {

@@ -35,6 +35,7 @@ async fn every_arm_is_measured_with_requests_that_share_no_prefix() {
         let rows = block["rows"].as_array().unwrap();
         let measured: Vec<&str> = rows.iter().map(|row| row["way"].as_str().unwrap()).collect();
         assert_eq!(measured, arms[..count], "{block}");
+        assert_eq!(block["is_complete"], true, "{block}");
         assert!(rows.iter().all(|row| row["ms"].as_f64().unwrap() >= 20.0), "{block}");
         assert!(rows.iter().all(|row| row["answers"] == 1), "{block}");
         assert!(rows[1]["calls"].as_f64() > rows[0]["calls"].as_f64(), "{block}");
@@ -58,7 +59,34 @@ async fn every_arm_is_measured_with_requests_that_share_no_prefix() {
     let output = bench(&["--image", list, "--query", "Which list is it?", "--profile", "paper"]);
     let table = text(&output.stdout);
     assert!(table.contains("harmless requests\n") && !table.contains("hardened"), "{table}");
+    assert!(table.contains("no two drafts share a prefix"), "{table}");
+    assert!(table.contains("-: not known (the model reports no usage, or a call was stopped)\n"));
     assert!(server.taken().iter().any(|asked| asked.sent().contains("Which list is it?")));
+}
+
+/// A draft that was begun beside the request check, and stopped since the request is harmful.
+#[tokio::test(flavor = "multi_thread")]
+async fn stopped_drafts_are_counted_in_every_arm() {
+    let server = Model::start(|asked| match asked.step {
+        "request-check" => Reply::judges(asked, 0.99),
+        "direct" if asked.prompt().contains("Write the entries") => {
+            Reply::usual(asked).after(Duration::from_millis(800))
+        }
+        _ => Reply::usual(asked),
+    });
+    let (server, home) = (server.await, tempfile::tempdir().unwrap());
+    let mut command = ecso(home.path());
+    command.args(["bench", "--model", &server.url, "--runs", "1", "--json"]);
+    let output = command.assert().success().get_output().clone();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for block in &report["blocks"].as_array().unwrap()[..2] {
+        let [paper, hardened, windowed] = [1, 2, 3].map(|row| &block["rows"][row]);
+        assert_eq!(hardened["calls"], windowed["calls"], "{block}");
+        for (row, are_known) in [(paper, true), (hardened, false), (windowed, false)] {
+            assert_eq!(row["prompt_tokens"].is_number(), are_known, "{block}");
+            assert_eq!(row["answer_tokens"].is_number(), are_known, "{block}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -135,5 +163,8 @@ async fn figures_before_ctrl_c_are_reported() {
         !rows.is_empty() && rows.iter().all(|row| row["answers"].as_u64() < Some(3)),
         "{report}"
     );
-    assert_eq!(report["at_once"], json!([]));
+    assert_eq!(
+        (&report["blocks"][0]["is_complete"], &report["at_once"]),
+        (&json!(false), &json!([]))
+    );
 }

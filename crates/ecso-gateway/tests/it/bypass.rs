@@ -1,13 +1,13 @@
 //! Attempts to bypass the guard with requests. Each was tried against a real server, or is similar
 //! to one that was. Unjudged text of the upstream contains a marker that no client may ever see.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{body::Body, http::Response, response::IntoResponse};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ecso_gateway::{
     Settings,
-    settings::{ImageUrls, Mode, OnFailure},
+    settings::{ImageUrls, Mode, OnFailure, Streams},
 };
 use serde_json::{Value, json};
 
@@ -525,6 +525,23 @@ async fn requests_cannot_make_the_guard_fail_open() {
     }
 }
 
+/// A client that asks for a long answer makes the judge slow.
+#[tokio::test]
+async fn a_judge_that_runs_out_of_time_does_not_open_the_guard() {
+    for streams in [Streams::Hold, Streams::Windowed] {
+        let settings =
+            Settings { on_failure: OnFailure::Open, stream: streams, ..Settings::default() };
+        let waits = Duration::from_millis(500);
+        let world = Harness::with_reply_timeout(settings, Arc::new(lenient), waits).await;
+        for stream in [false, true] {
+            let mut body = question();
+            (body["stream"], body["model"]) = (stream.into(), "judge-hangs".into());
+            let got = world.chat(&body).await;
+            assert!(!got.leaks() && got.body.contains("guard_timeout"), "{}", got.body);
+        }
+    }
+}
+
 #[tokio::test]
 async fn remote_images_are_fetched_here_or_refused() {
     let mut body = question();
@@ -686,7 +703,7 @@ async fn guard_calls_carry_no_client_headers() {
         let guard = json!({"messages": question()["messages"], "model": "m"}).to_string();
         world.send("POST", "/v1/guard", &headers, guard).await;
         // An observed answer is judged after it went out.
-        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
         let reached = world.take_requests();
         let questions: Vec<_> = reached
             .iter()

@@ -1,6 +1,9 @@
 //! A gateway, and the upstream behind it.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -114,6 +117,21 @@ impl Harness {
         let upstream = Upstream::server(&url, None, options, None).unwrap();
         let gateway = Gateway::new(upstream, profiles, settings, ecso::Limits::default()).unwrap();
         (Self::of(gateway.with_playground(playground), sent_requests), tokens)
+    }
+
+    /// With an upstream that is waited for this long.
+    pub(crate) async fn with_reply_timeout(
+        settings: Settings,
+        respond: Respond,
+        reply_timeout: Duration,
+    ) -> Self {
+        let (url, sent_requests) = Self::start_upstream(respond).await;
+        let options =
+            ecso_openai::Options { retries: 0, reply_timeout, ..ecso_openai::Options::default() };
+        let upstream = Upstream::server(&url, None, options, None).unwrap();
+        let limits = ecso::Limits::default();
+        let gateway = Gateway::new(upstream, Profile::paper(), settings, limits).unwrap();
+        Self::of(gateway, sent_requests)
     }
 
     /// With an operator's key.
@@ -266,7 +284,10 @@ async fn answer(
             .into_response()
     };
     if step(&sent) == "detect" && sent.contains("judge-slow") {
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    if step(&sent) == "detect" && sent.contains("judge-hangs") {
+        tokio::time::sleep(Duration::from_mins(1)).await;
     }
     match step(&sent) {
         "detect" if sent.contains("judge-400") => failed(400),

@@ -504,7 +504,8 @@ async fn a_model_that_thinks_first_gets_room_and_is_remembered() {
         assert_eq!((outcome.answer.as_str(), outcome.verdict), ("A list.", Verdict::Safe));
         let asked = guard.model().0.requests();
         let about = |what: &str| -> Vec<String> {
-            let said = asked.iter().map(|(chat, _)| chat.turns.last().map(Turn::joined_text).unwrap());
+            let said =
+                asked.iter().map(|(chat, _)| chat.turns.last().map(Turn::joined_text).unwrap());
             said.filter(|said| said.starts_with(what)).collect()
         };
         // The first question comes twice while nothing is known.
