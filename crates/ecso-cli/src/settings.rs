@@ -204,7 +204,7 @@ fn defaults() -> anyhow::Result<Settings> {
         models_dir: folders.in_cache_dir("models"),
         calibrations_dir: folders.in_config_dir("calibrations"),
         images: Limits::default(),
-        engine: Engine { gpu_layers: -1, ..Engine::default() },
+        engine: Engine { keep_prefixes: true, gpu_layers: -1, ..Engine::default() },
         server: Server::default(),
         checks: Checks::default(),
         listen: "127.0.0.1:8080".into(),

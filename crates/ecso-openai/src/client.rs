@@ -1,6 +1,10 @@
 //! The client: requests, retries, and errors.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use backon::{ExponentialBuilder, Retryable};
@@ -286,6 +290,7 @@ impl OpenAi {
     }
 
     async fn send(&self, request: RequestBuilder, url: &Url) -> Result<Response, Failed> {
+        let start = Instant::now();
         let response = self
             .authorized(request)?
             .send()
@@ -314,6 +319,8 @@ impl OpenAi {
             StatusCode::SERVICE_UNAVAILABLE if retry_after.is_some() => {
                 ModelError::Overloaded { retry_after }
             }
+            // A proxy in front of the model lost patience.
+            StatusCode::GATEWAY_TIMEOUT => ModelError::Timeout(start.elapsed()),
             _ if status.is_server_error() => ModelError::Transport(reason.into()),
             _ if may_filter && complaint.is_from_filter() => ModelError::Filtered(reason.into()),
             _ => ModelError::Rejected(reason.into()),
@@ -443,7 +450,13 @@ impl Mllm for OpenAi {
 
 /// Whether a retry is safe and may help.
 fn is_transient(failed: &Failed) -> bool {
-    matches!(failed.error, ModelError::Overloaded { .. } | ModelError::Transport(_))
+    match failed.error {
+        ModelError::Overloaded { .. } | ModelError::Transport(_) => true,
+        // A proxy's 504 may come from a server that is still starting. The client's own limit on
+        // time is not waited for twice.
+        ModelError::Timeout(_) => failed.complaint.is_some(),
+        _ => false,
+    }
 }
 
 fn retry_after(response: &Response) -> Option<Duration> {

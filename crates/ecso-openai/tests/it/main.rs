@@ -100,6 +100,7 @@ async fn what_may_pass_is_tried_again() {
         ResponseTemplate::new(429).insert_header("retry-after", "0"),
         ResponseTemplate::new(500),
         ResponseTemplate::new(503),
+        ResponseTemplate::new(504),
     ] {
         let server = MockServer::start().await;
         Mock::given(method("POST")).respond_with(fault).up_to_n_times(2).mount(&server).await;
@@ -107,6 +108,14 @@ async fn what_may_pass_is_tried_again() {
         let reply = client(&server).await.generate(&Chat::ask([], "q"), &Sampling::default()).await;
         assert_eq!(reply.unwrap().text, "at last");
     }
+}
+
+#[tokio::test]
+async fn a_proxy_that_lost_patience_is_a_timeout() {
+    let server = MockServer::start().await;
+    Mock::given(method("POST")).respond_with(ResponseTemplate::new(504)).mount(&server).await;
+    let reply = client(&server).await.generate(&Chat::ask([], "q"), &Sampling::default()).await;
+    assert!(matches!(reply, Err(ModelError::Timeout(_))), "{reply:?}");
 }
 
 #[tokio::test]

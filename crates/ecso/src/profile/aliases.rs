@@ -30,7 +30,7 @@ pub(super) fn renamed(mut changes: toml::Table, method: &str) -> Result<toml::Ta
         && let Some(old) = OF_HARDENED.iter().find(|old| changes.contains_key(**old))
     {
         let why = format!(
-            "{old} is gone: `hardened` asks plain questions now, under [questions], and [[detectors]] combine them"
+            "{old} was removed: `hardened` asks plain questions now, under [questions], and [[detectors]] combine them"
         );
         return Err(ProfileError::invalid(why));
     }
@@ -99,7 +99,7 @@ mod tests {
             ["refusals = \"safe\"", "[look]\nthreshold = 0.7", "[request_check]\nprior = 0.3"]
         {
             let error = Profile::from_toml(&format!("extends = \"hardened\"\n{old}")).unwrap_err();
-            assert!(error.to_string().contains("is gone"), "{error}");
+            assert!(error.to_string().contains("was removed"), "{error}");
         }
     }
 }
