@@ -480,7 +480,7 @@ async fn edited_profiles_are_written_as_files() {
             "mine",
             json!({"detect.template": "{y}"}),
             "detect.template",
-            "detect is gone",
+            "detect was removed",
         ),
         ("paper", "mine", json!({"safe.template": "Answer."}), "safe.template", "must contain {x}"),
         ("paper", "mine", json!({"sfae.template": "{x}"}), "sfae.template", "sfae"),
