@@ -77,17 +77,24 @@ fn is_of_server(settings: &Settings) -> bool {
         .any(|calibration| calibration.model_digest.starts_with(&server))
 }
 
-/// A calibration and whether it is stored, as `--json` shows it.
+/// A calibration and what became of it, as `--json` shows it.
 #[derive(Debug, Serialize)]
 pub(crate) struct Kept<'a> {
     #[serde(flatten)]
     calibration: &'a Calibration,
-    /// The file in which it is stored.
-    stored: Option<PathBuf>,
-    /// Why it is not stored.
-    not_stored: Option<String>,
+    #[serde(flatten)]
+    fate: Fate,
     /// The file of an earlier calibration for the model, which is used if this one is not stored.
     earlier: Option<PathBuf>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Fate {
+    /// It is stored in this file.
+    Stored(PathBuf),
+    /// It is not stored, for this reason.
+    NotStored(String),
 }
 
 /// Stores a calibration, replacing an earlier one for the model; or not, for the reason that is
@@ -99,40 +106,40 @@ pub(crate) fn keep<'a>(
 ) -> anyhow::Result<Kept<'a>> {
     let path = path(settings, &calibration.model_digest);
     let earlier = path.exists().then(|| path.clone());
-    let stored = not_stored.is_none().then_some(path);
-    if let Some(path) = &stored {
+    let fate = if let Some(reason) = not_stored {
+        Fate::NotStored(reason)
+    } else {
         let folder = folder(settings);
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        files::write(path, &calibration.to_toml()?).with_context(|| path.display().to_string())?;
-    }
-    Ok(Kept { calibration, stored, not_stored, earlier })
+        files::write(&path, &calibration.to_toml()?).with_context(|| path.display().to_string())?;
+        Fate::Stored(path)
+    };
+    Ok(Kept { calibration, fate, earlier })
 }
 
 impl fmt::Display for Kept<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { calibration, stored, not_stored, earlier } = self;
-        if let Some(path) = stored {
-            let is_of_server = calibration.model_digest.contains("://");
-            let flag = if is_of_server { ", named by --model-name" } else { "" };
-            let earlier = if earlier.is_some() { " (it replaces an earlier one)" } else { "" };
-            return write!(
+        let model = &self.calibration.model;
+        match (&self.fate, &self.earlier) {
+            (Fate::Stored(path), earlier) => {
+                let path = path.display();
+                let replaces = if earlier.is_some() { " (it replaces an earlier one)" } else { "" };
+                let is_of_server = self.calibration.model_digest.contains("://");
+                let flag =
+                    if is_of_server { format!(" (--model-name {model})") } else { String::new() };
+                write!(
+                    f,
+                    "the calibration is stored in {path}{replaces}: from now on, `hardened` uses \
+                     it for {model}{flag}"
+                )
+            }
+            (Fate::NotStored(reason), None) => write!(f, "no calibration is stored: {reason}"),
+            (Fate::NotStored(reason), Some(earlier)) => write!(
                 f,
-                "the calibration is stored in {}{earlier}: `hardened` uses it for {}{flag}, from \
-                 now on",
-                path.display(),
-                calibration.model
-            );
-        }
-        let reason = not_stored.as_deref().unwrap_or("--dry-run");
-        write!(f, "no calibration is stored: {reason}")?;
-        match earlier {
-            Some(path) => write!(
-                f,
-                "; an earlier one stays in use: remove {} to go back to the profile's own \
-                 threshold and biases",
-                path.display()
+                "no calibration is stored: {reason}; an earlier one stays in use: remove {} to go \
+                 back to the profile's own threshold and biases",
+                earlier.display()
             ),
-            None => Ok(()),
         }
     }
 }

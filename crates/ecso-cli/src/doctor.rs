@@ -152,11 +152,14 @@ fn check_model(settings: &Settings) -> anyhow::Result<Check> {
     let ms = start.elapsed().as_millis();
     let (state, message) = match asked {
         Ok((name, false)) => {
-            (State::Good, format!("{name} answers in {ms} ms, with probabilities"))
+            (State::Good, format!("{name} answers in {ms} ms, with log-probabilities"))
         }
         Ok((name, true)) => (
             State::Note,
-            format!("{name} answers in {ms} ms, without log-probabilities; `hardened` needs them"),
+            format!(
+                "{name} answers in {ms} ms, without log-probabilities; `hardened` flags less \
+                 without them"
+            ),
         ),
         Err(error) => (State::Bad, format!("{}: {error:#}", settings.model)),
     };

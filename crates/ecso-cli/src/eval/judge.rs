@@ -60,7 +60,7 @@ pub(super) fn run(args: &JudgeArgs, file: Option<&Path>) -> anyhow::Result<()> {
         };
         let OpenJudge { judge, header, worker } = OpenJudge::new(args, file).await?;
         if let Some(worker) = &worker {
-            say!("judging with {} (--model, --judge)", worker.model().name());
+            say!("judging with {}; --model names another judge", worker.model().name());
         }
         let out = output_path(args, &header.judge);
         let mut journal = Journal::open_file(&out, &header)?;
