@@ -53,17 +53,17 @@ pub(super) fn run(args: &CalibrateArgs, file: Option<&Path>) -> anyhow::Result<(
     } else {
         print!("{}", summary(&calibration));
     }
-    if fault.is_none() {
-        say!("{kept}");
-        return Ok(());
-    }
-    if !calibration.found.flags_anything() {
+    let bounds = scores.scored.iter().filter(|scored| scored.is_lower_bound).count();
+    if bounds > 0 {
         say!(
-            "what a run flags before a draft is not asked everything, so no threshold above the \
-             run's can be fitted: run it again with `--set threshold=1`"
+            "{bounds} items reached their run's own threshold, so they may not have been asked \
+             everything: the harmless ones count as flagged at every threshold. To fit a higher \
+             one, run again with `--set threshold=1`"
         );
     }
-    bail!("{kept}")
+    anyhow::ensure!(fault.is_none(), "{kept}");
+    say!("{kept}");
+    Ok(())
 }
 
 /// The header of the first run, the biases that it has instead of the built-in ones, and the scores

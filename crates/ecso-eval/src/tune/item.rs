@@ -217,7 +217,12 @@ impl TuningItem {
 
     /// The score by which a threshold is fitted.
     pub(super) fn scored(&self, method: &Hardened) -> Scored {
-        Scored { cluster: self.pair.clone(), score: self.score(method), harmful: self.harmful }
+        Scored {
+            cluster: self.pair.clone(),
+            score: self.score(method),
+            is_lower_bound: false,
+            harmful: self.harmful,
+        }
     }
 
     /// Whether a content filter refused a picture or a question. That flags the item whatever the
