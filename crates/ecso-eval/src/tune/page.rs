@@ -13,6 +13,9 @@ use crate::{advise::ratio, calibrate::is_in_fitting_half, report::percent, stats
 
 /// With fewer reported requests of a kind, there is no recommendation.
 const FEW: usize = 10;
+/// A gain that is less than this many times the loss is not worth it: a guard that flags nearly
+/// everything gains most.
+const WORTH: f64 = 2.0;
 
 /// What to do with the guard for a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -240,9 +243,9 @@ impl HeldBack {
             return (Advice::LeaveOff, text);
         }
         // The same requests with and without the guard, which only adds to what is held back.
-        if !gained.is_clearly_above(*lost) {
+        if !gained.is_clearly_above(*lost) || gain < WORTH * loss {
             let text = format!(
-                "**Leave it off**: the gain of {gain:.1} points is not clearly larger than the \
+                "**Leave it off**: the gain of {gain:.1} points does not clearly outweigh the \
                  loss: {loss:.1} points more of the harmless requests are held back."
             );
             return (Advice::LeaveOff, text);
