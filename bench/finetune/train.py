@@ -5,6 +5,7 @@ on from its last checkpoint.
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -12,11 +13,19 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import weights
+
+
+class Diverges(TrainerCallback):
+    """Ends a training whose gradient is no number, before a checkpoint is made of it. The loss doesn't tell: it is filtered."""
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not math.isfinite(float((logs or {}).get("grad_norm", 0.0))):
+            sys.exit(f"the training diverged, by step {state.global_step}: the gradient is not a number")
 
 
 def main():
@@ -38,7 +47,9 @@ def main():
     )
     kinds = (DPOTrainer, DPOConfig(**common, beta=0.1)) if preferences else (SFTTrainer, SFTConfig(**common))
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=[part.split(".")[1] for part in weights.PARTS], task_type="CAUSAL_LM")
-    trainer = kinds[0](model, args=kinds[1], train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+    trainer = kinds[0](
+        model, args=kinds[1], train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora, callbacks=[Diverges()],
+    )
     checkpoints = out / "checkpoints"
     last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
     begun, worked = time.monotonic(), time.process_time()

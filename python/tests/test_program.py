@@ -11,6 +11,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+import pytest
+
 import ecso
 from conftest import PICTURE, Mock
 
@@ -49,6 +51,22 @@ def test_ctrl_c(mock: Mock) -> None:
         time.sleep(0.02)
     waiting.send_signal(signal.SIGINT)
     assert waiting.wait(10) in (130, -signal.SIGINT)
+
+
+@pytest.mark.skipif(not (ecso.has_engine() and Path("/proc/self/environ").exists()), reason="no engine, or not Linux")
+def test_its_threads_do_not_spin_for_long(mock: Mock) -> None:
+    mock.wait = 20.0
+    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for given, expected in [({}, b"GOMP_SPINCOUNT=2000"), ({"GOMP_SPINCOUNT": "7"}, b"GOMP_SPINCOUNT=7")]:
+        seen = len(mock.asked)
+        command = [*ECSO, "ask", "What?", "--image", str(PICTURE), "--model", mock.url]
+        waiting = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=unset | given)
+        while len(mock.asked) == seen:
+            time.sleep(0.02)
+        environment = Path(f"/proc/{waiting.pid}/environ").read_bytes().split(b"\0")
+        waiting.kill()
+        waiting.wait(10)
+        assert expected in environment
 
 
 def test_who_reads_no_further(mock: Mock) -> None:
