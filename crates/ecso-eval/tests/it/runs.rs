@@ -1,5 +1,4 @@
 //! Reproduces published labels, reads benchmarks, and resumes interrupted runs.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 use std::{
     path::{Path, PathBuf},
@@ -23,13 +22,7 @@ use ecso_eval::{
 };
 use serde_json::Value;
 
-fn data(folder: &str) -> Option<PathBuf> {
-    let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
-        eprintln!("skipped: ECSO_TEST_DATA names no folder with benchmark data");
-        return None;
-    };
-    Some(data.join(folder))
-}
+use crate::data;
 
 fn json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()

@@ -1,5 +1,4 @@
 //! MME, `MMBench` and MM-Vet: from their layouts to their own figures, which are counted by hand.
-#![allow(clippy::unwrap_used, reason = "a test may")]
 
 use std::{fs, path::Path, sync::Arc};
 

@@ -1,11 +1,10 @@
 //! Benchmarks as people have them: other file extensions, other names, broken rows, missing images.
 //! A run continues with what is readable.
-#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test may")]
 
 use std::{
     collections::HashSet,
     fs::{self, File},
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
 };
 
@@ -26,13 +25,7 @@ use ecso_eval::{
 };
 use proptest::prelude::*;
 
-fn data_folder(folder: &str) -> Option<PathBuf> {
-    let Some(data) = std::env::var_os("ECSO_TEST_DATA").map(PathBuf::from) else {
-        eprintln!("skipped: ECSO_TEST_DATA names no folder with benchmark data");
-        return None;
-    };
-    Some(data.join("field").join(folder))
-}
+use crate::data;
 
 fn items(benchmark: &str, data: &Path, variant: Option<&str>) -> Vec<Item> {
     let items = named(benchmark).unwrap().items(data, variant).unwrap();
@@ -138,7 +131,7 @@ fn export(path: &Path, rows: &[(&str, &str, Option<&[u8]>)]) {
 
 #[test]
 fn collected_mmbench_tables_are_read() {
-    let Some(folder) = data_folder("23-mmbench") else { return };
+    let Some(folder) = data("field/23-mmbench") else { return };
     for (file, ids) in [
         ("plain.tsv", ["0", "1", "2"].as_slice()),
         ("bom.tsv", &["0", "1", "2"]),
@@ -166,7 +159,7 @@ fn collected_mmbench_tables_are_read() {
 
 #[tokio::test]
 async fn collected_mm_safetybench_folders_are_read() {
-    let Some(folder) = data_folder("24-mmsafety") else { return };
+    let Some(folder) = data("field/24-mmsafety") else { return };
     let out = tempfile::tempdir().unwrap();
     let (records, unusable) =
         run("mm-safetybench", &folder.join("png"), &out.path().join("png"), false).await;
@@ -188,7 +181,7 @@ async fn collected_mm_safetybench_folders_are_read() {
 
 #[test]
 fn collected_paths_are_resolved() {
-    let Some(folder) = data_folder("26-paths") else { return };
+    let Some(folder) = data("field/26-paths") else { return };
     let items = items("jsonl", &folder.join("rows.jsonl"), None);
     let (good, bad) = split_by_error(&items);
     assert_eq!(good, ["unix", "win", "nfd", "dotslash", "case", "raw64"]);
@@ -203,7 +196,7 @@ fn collected_paths_are_resolved() {
 
 #[test]
 fn collected_encodings_are_read() {
-    let Some(folder) = data_folder("21-encodings") else { return };
+    let Some(folder) = data("field/21-encodings") else { return };
     for file in
         ["crlf.jsonl", "bom.jsonl", "array.jsonl", "pretty.jsonl", "lines.json", "comma.jsonl"]
     {
