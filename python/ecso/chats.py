@@ -26,6 +26,9 @@ height x width x 3 (RGB) or 4 (RGBA), of `uint8`, or of floats in 0..1."""
 Images = Union[ImageLike, Sequence[ImageLike], None]
 """One image, several, or none."""
 
+LONGEST_PATH = 4096
+"""Bytes of the longest path on Linux."""
+
 Query = Union[str, Sequence[Mapping[str, Any]]]
 """A text, or messages in the format of OpenAI's chat completions."""
 
@@ -37,6 +40,8 @@ def turns(query: Query, images: Images, system: Optional[str]) -> list[Turn]:
         if not query.strip():
             raise InputError("the query is empty")
         conversation: list[Turn] = [("user", [*pieces, ("text", query)])]
+    elif isinstance(query, Mapping) or not isinstance(query, Iterable):
+        raise InputError(f"the query must be a text or a list of messages, not {type(query).__name__}")
     else:
         conversation = [turn(message) for message in query]
         last = next((turn for turn in reversed(conversation) if turn[0] == "user"), None)
@@ -61,8 +66,11 @@ def image(source: Any) -> Piece:
     if isinstance(source, os.PathLike):
         return "path", os.fspath(source)
     if isinstance(source, str):
-        is_url = source.startswith(("http://", "https://", "data:"))
-        return ("url" if is_url else "path"), source
+        if source.startswith(("http://", "https://", "data:")):
+            return "url", source
+        if len(source) > LONGEST_PATH or "://" in source:
+            raise ImageError("a text that is an image must be a path, a data URL, or an http or https URL; pass encoded images as bytes")
+        return "path", source
     if hasattr(source, "__array_interface__") and not hasattr(source, "save"):
         return "bytes", png(from_array(source))
     if callable(getattr(source, "save", None)):

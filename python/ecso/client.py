@@ -34,6 +34,8 @@ def guarded(client: Any, profile: Optional[str] = None, **settings: Any) -> Any:
 
     if not isinstance(client, (openai.OpenAI, openai.AsyncOpenAI)):
         raise TypeError(f"expected an openai.OpenAI or openai.AsyncOpenAI, not {type(client).__name__}")
+    if "model" in settings:
+        raise TypeError("the model is the one that each call of `create` names")
     kind = _AsyncCompletions if isinstance(client, openai.AsyncOpenAI) else _Completions
     return _Client(client, kind(client, profile, settings))
 

@@ -36,8 +36,8 @@ class _Guard:
 
     def __init__(
         self,
-        model: Optional[str] = None,
-        profile: Optional[str] = None,
+        model: Optional[Path] = None,
+        profile: Optional[Path] = None,
         *,
         set: Optional[Mapping[str, Any]] = None,
         api_key: Optional[str] = None,

@@ -72,3 +72,8 @@ def test_model_and_judge_are_shown_the_same(mock: Mock, picture: bytes) -> None:
         with pytest.raises(ecso.InputError):
             client(mock).chat.completions.create(model="toy", messages=[{"role": "user", "content": content}])
     assert not mock.asked
+
+
+def test_the_model_is_named_by_each_call(mock: Mock) -> None:
+    with pytest.raises(TypeError, match="each call"):
+        ecso.guarded(openai.OpenAI(base_url=mock.url, api_key="k"), model="x")

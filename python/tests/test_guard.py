@@ -100,6 +100,8 @@ def test_messages_are_a_conversation(mock: Mock, picture: bytes) -> None:
     ("query", "images", "error", "says"),
     [
         ("", None, ecso.InputError, "empty"),
+        (None, None, ecso.InputError, "NoneType"),
+        ({"role": "user", "content": "x"}, None, ecso.InputError, "a list of messages"),
         ([{"role": "tool", "content": "x"}], None, ecso.InputError, "tool"),
         ([{"role": "assistant", "content": "x"}], None, ecso.InputError, "no turn of the user"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], None, ecso.InputError, "input_audio"),
@@ -112,6 +114,8 @@ def test_messages_are_a_conversation(mock: Mock, picture: bytes) -> None:
         ),
         ("What?", b"no image", ecso.ImageError, "not an image"),
         ("What?", "/nowhere/a.png", ecso.ImageError, "/nowhere/a.png"),
+        ("What?", "ftp://example.org/a.png", ecso.ImageError, "http or https"),
+        ("What?", "iVBORw0K" * 1000, ecso.ImageError, "pass encoded images as bytes"),
         ("What?", 3, ecso.ImageError, "int is not an image"),
         ("What?", numpy.zeros((2, 2, 7), numpy.uint8), ecso.ImageError, "(2, 2, 7)"),
         ("What?", numpy.full((2, 2), 9.0), ecso.ImageError, "0..1"),

@@ -11,9 +11,8 @@ import sysconfig
 import time
 from pathlib import Path
 
-import pytest
-
 import ecso
+import pytest
 from conftest import PICTURE, Mock
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "ecso"
