@@ -10,10 +10,7 @@ use std::{
 
 use arrow_array::{ArrayRef, BinaryArray, RecordBatch, StringArray, StructArray};
 use ecso::{Limits, Profile, Reply, Role, testing::Scripted};
-use ecso_batch::{
-    Bounds,
-    journal::{Journal, JournalReader},
-};
+use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
     benchmarks::named,
     evasions,
@@ -25,7 +22,7 @@ use ecso_eval::{
 };
 use proptest::prelude::*;
 
-use crate::data;
+use crate::{data, header, records};
 
 fn items(benchmark: &str, data: &Path, variant: Option<&str>) -> Vec<Item> {
     let items = named(benchmark).unwrap().items(data, variant).unwrap();
@@ -61,17 +58,8 @@ async fn run(
     skip_missing: bool,
 ) -> (Vec<ItemRecord>, UnusableItems) {
     let header = RunHeader {
-        ecso: "0".into(),
-        benchmark: benchmark.into(),
-        variant: None,
-        data: data.to_owned(),
-        model: "scripted".into(),
-        model_digest: "d".into(),
-        server: None,
-        profiles: Vec::new(),
-        max_new_tokens: None,
         choice: Selection { scenarios: vec!["0".into()], ..Selection::default() },
-        items: None,
+        ..header(benchmark, data)
     };
     let mut journal = Journal::open(out, &header).unwrap();
     let options = Options { bounds: Bounds::at_once(2), skip_missing, limits: Limits::default() };
@@ -87,7 +75,7 @@ async fn run(
         |_| {},
     );
     let unusable = work.await.unwrap();
-    (JournalReader::in_folder(out).latest().unwrap().map(Result::unwrap).collect(), unusable)
+    (records(out), unusable)
 }
 
 fn picture(path: &Path) {

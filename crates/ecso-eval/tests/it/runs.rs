@@ -8,21 +8,21 @@ use std::{
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
 use ecso_batch::{
     Bounds, Cached,
-    journal::{self, Journal, JournalError, JournalReader},
+    journal::{self, Journal, JournalError},
 };
 use ecso_eval::{
     benchmarks::{Items, named},
     item::Task,
     judge::{AdvBench, Case as ArmAnswer, Judge, Judgement, Ruling, XsTest, published_judge},
     prepare,
-    record::{ItemRecord, RunHeader, Selection},
+    record::{RunHeader, Selection},
     run::{self, Options},
     summary::summarise,
     typographic::Typesetter,
 };
 use serde_json::Value;
 
-use crate::data;
+use crate::{data, header, records};
 
 fn json(path: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
@@ -181,10 +181,6 @@ fn model(fail: bool) -> Arc<Scripted> {
     }))
 }
 
-fn read(out: &Path) -> Vec<ItemRecord> {
-    JournalReader::in_folder(out).latest().unwrap().map(Result::unwrap).collect()
-}
-
 struct Case {
     folder: tempfile::TempDir,
     header: RunHeader,
@@ -201,20 +197,11 @@ impl Case {
         std::fs::write(folder.path().join("items.jsonl"), rows.collect::<String>()).unwrap();
         let profiles = vec![Profile::paper().with("scope", "all").unwrap()];
         let header = RunHeader {
-            ecso: "0".into(),
-            benchmark: "jsonl".into(),
-            variant: None,
-            data: folder.path().to_owned(),
-            model: "scripted".into(),
-            model_digest: "d".into(),
-            server: None,
             profiles: profiles
                 .iter()
                 .map(|profile| (profile.name.clone(), profile.to_toml()))
                 .collect(),
-            max_new_tokens: None,
-            choice: Selection::default(),
-            items: None,
+            ..header("jsonl", folder.path())
         };
         Self { folder, header, profiles }
     }
@@ -265,7 +252,7 @@ impl Case {
 
     /// The records of a run, without times.
     fn records(&self, name: &str) -> Vec<String> {
-        let records = read(&self.out(name));
+        let records = records(&self.out(name));
         let mut lines: Vec<String> = records
             .into_iter()
             .map(|mut record| {
@@ -298,7 +285,7 @@ async fn a_failed_item_is_recorded_and_retried_on_request() {
     let case = Case::new(12);
     case.run("out", true, false, usize::MAX).await.unwrap();
     let failed = |case: &Case| {
-        let records = read(&case.out("out"));
+        let records = records(&case.out("out"));
         assert_eq!(records.len(), 12);
         records
             .into_iter()
@@ -336,7 +323,7 @@ async fn samples_depend_on_seed_and_scenario() {
     case.header.choice =
         Selection { scenarios: vec!["S1".into()], limit: Some(4), ..Selection::default() };
     case.run("d", false, false, usize::MAX).await.unwrap();
-    let records = read(&case.out("d"));
+    let records = records(&case.out("d"));
     assert_eq!(
         records.iter().map(|record| record.scenario.as_str()).collect::<Vec<_>>(),
         ["s1"; 4]
@@ -385,7 +372,7 @@ async fn a_changed_detection_prompt_does_not_regenerate_drafts() {
 async fn figures_are_counted_correctly_and_errors_widen_intervals() {
     let case = Case::new(20);
     case.run("out", false, false, usize::MAX).await.unwrap();
-    let records = read(&case.out("out"));
+    let records = records(&case.out("out"));
     let judgements: Vec<Judgement> = records
         .iter()
         .flat_map(|record| {

@@ -3,17 +3,16 @@
 use std::{fs, path::Path, sync::Arc};
 
 use ecso::{Limits, ModelError, Profile, Reply, testing::Scripted};
-use ecso_batch::{
-    Bounds,
-    journal::{Journal, JournalReader},
-};
+use ecso_batch::{Bounds, journal::Journal};
 use ecso_eval::{
     benchmarks::named,
     judge::{Case, Exact, Judge, Judgement, Llm},
-    record::{ItemRecord, RunHeader, Selection},
+    record::RunHeader,
     run::{self, Options},
     summary::{Summary, summarise},
 };
+
+use crate::{header, records};
 
 /// Runs a benchmark on a model that answers with `reply`, and judges it.
 async fn scored(
@@ -28,19 +27,8 @@ async fn scored(
         Ok(Reply { text: if judged { "No".into() } else { reply(&text) }, ..Reply::default() })
     }));
     let profiles = [Profile::paper()];
-    let header = RunHeader {
-        ecso: "0".into(),
-        benchmark: benchmark.into(),
-        variant: None,
-        data: data.to_owned(),
-        model: "scripted".into(),
-        model_digest: "d".into(),
-        server: None,
-        profiles: vec![("paper".into(), String::new())],
-        max_new_tokens: None,
-        choice: Selection::default(),
-        items: None,
-    };
+    let header =
+        RunHeader { profiles: vec![("paper".into(), String::new())], ..header(benchmark, data) };
     let out = data.join("run");
     let mut journal = Journal::open(&out, &header).unwrap();
     let options =
@@ -49,8 +37,7 @@ async fn scored(
     run::run(run::select(items, &header.choice), &profiles, model, &mut journal, options, |_| {})
         .await
         .unwrap();
-    let records: Vec<ItemRecord> =
-        JournalReader::in_folder(&out).latest().unwrap().map(Result::unwrap).collect();
+    let records = records(&out);
     let mut judgements: Vec<Judgement> = Vec::new();
     for record in &records {
         assert_eq!(record.error, None);
