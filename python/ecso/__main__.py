@@ -1,5 +1,6 @@
 """The program `ecso` from the wheel."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -18,7 +19,8 @@ def limit_spinning() -> None:
     is_set = os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     if has_engine() and os.name == "posix" and sys.executable and not is_set:
         os.environ["GOMP_SPINCOUNT"] = "2000"
-        os.execv(sys.executable, sys.orig_argv)
+        with contextlib.suppress(OSError):  # Then the program runs without the limit.
+            os.execv(sys.executable, sys.orig_argv)
 
 
 def main() -> NoReturn:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
 from .chats import turns
-from .errors import InputError
+from .errors import BadReply, InputError
 from .guard import AsyncGuard, Guard
 from .results import Outcome
 
@@ -18,6 +19,9 @@ ALLOWED = frozenset(
     "frequency_penalty max_completion_tokens max_tokens messages model n presence_penalty seed stop stream temperature timeout top_p user".split()
 )
 """The allowed arguments: those that change the text of an answer, and none that adds other contents, as only text is judged."""
+
+CUT = ("length", "content_filter")
+"""The finish reasons of answers that did not end by themselves."""
 
 
 def guarded(client: Any, profile: Optional[str] = None, **settings: Any) -> Any:
@@ -62,29 +66,34 @@ class _Completions(_GuardedOnly):
 
     def __init__(self, client: Any, profile: Optional[str], settings: dict[str, Any]) -> None:
         self._client, self._profile, self._settings = client, profile, settings
-        self._guards: dict[str, Any] = {}
+        self._guards: dict[tuple[str, str], Any] = {}
 
     def create(self, **arguments: Any) -> Any:
         """Like the client's own method, with the restrictions of `guarded`."""
         guard, request = self._prepare(arguments)
         completion = self._client.chat.completions.create(**request)
-        outcomes = [guard.review(arguments["messages"], draft=draft) for draft in _drafts(completion)]
+        outcomes = [guard.review(request["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
         return iter(_chunks(judged)) if arguments.get("stream") else judged
 
     def _prepare(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the guard for the model, and the arguments to send."""
+        """Return the guard for the model, and the arguments to send. These are a copy, so that what is judged is what was sent."""
         other = sorted(name for name, value in arguments.items() if name not in ALLOWED and value is not None)
         if other:
             raise InputError(f"these arguments can't be guarded: {', '.join(other)}; use `ecso serve`, which guards more")
         model = arguments.get("model")
         if not isinstance(model, str) or not isinstance(arguments.get("messages"), (list, tuple)):
             raise InputError("pass `model` and a list of `messages`")
-        _check(arguments["messages"])  # Requests that can't be judged are not sent.
-        if model not in self._guards:
-            settings = {"model_name": model, "api_key": self._client.api_key or None, **self._settings}
-            self._guards[model] = self.kind(str(self._client.base_url), self._profile, **settings)
-        return self._guards[model], {name: value for name, value in arguments.items() if name != "stream"}
+        request = {name: copy.deepcopy(value) for name, value in arguments.items() if name != "stream"}
+        _check(request["messages"])  # Requests that can't be judged are not sent.
+        key = self._settings.get("api_key") or self._client.api_key
+        if not key:
+            # Without one, the guard would send this server the key of the environment.
+            raise InputError("the client has no fixed key for the judge: pass `api_key` to `guarded`, or use `ecso serve`")
+        if (model, key) not in self._guards:
+            settings = {**self._settings, "api_key": key}
+            self._guards[model, key] = self.kind(str(self._client.base_url), self._profile, **{"model_name": model, **settings})
+        return self._guards[model, key], request
 
 
 def _check(messages: Any) -> None:
@@ -109,7 +118,7 @@ class _AsyncCompletions(_Completions):
         """Like the client's own method, with the restrictions of `guarded`."""
         guard, request = self._prepare(arguments)
         completion = await self._client.chat.completions.create(**request)
-        outcomes = [await guard.review(arguments["messages"], draft=draft) for draft in _drafts(completion)]
+        outcomes = [await guard.review(request["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
         return _async_iterator(_chunks(judged)) if arguments.get("stream") else judged
 
@@ -117,16 +126,22 @@ class _AsyncCompletions(_Completions):
 def _drafts(completion: ChatCompletion) -> list[str]:
     """Return the texts of all choices. Other contents are an error."""
     drafts = []
-    for choice in completion.choices:
+    for choice in completion.choices or ():
         message = choice.message
         if message.tool_calls or message.function_call or message.audio:
             raise InputError("the answer has more than text, which can't be judged; use `ecso serve`, which guards more")
-        drafts.append(message.content if message.content is not None else message.refusal or "")
+        text = message.content if message.content is not None else message.refusal or ""
+        if not isinstance(text, str):
+            raise BadReply(f"the content of the answer is a {type(text).__name__}, not a text")
+        drafts.append(text)
+    if not drafts:
+        raise BadReply("the reply has no choices")
     return drafts
 
 
 def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompletion:
     """Return a completion with known fields only: others, such as a server's reasoning, were not judged."""
+    from openai.types import CompletionUsage
     from openai.types.chat import ChatCompletion, ChatCompletionMessage
     from openai.types.chat.chat_completion import Choice
 
@@ -134,7 +149,7 @@ def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompleti
         Choice(
             index=choice.index,
             message=ChatCompletionMessage(role="assistant", content=outcome.answer),
-            finish_reason="stop" if outcome.rewritten else choice.finish_reason,
+            finish_reason=choice.finish_reason if choice.finish_reason in CUT and not outcome.rewritten else "stop",
         )
         for choice, outcome in zip(completion.choices, outcomes)
     ]
@@ -142,13 +157,17 @@ def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompleti
         {"verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten, "profile": outcome.profile}
         for outcome in outcomes
     ]
+    usage = completion.usage
     judged = ChatCompletion(
         id=completion.id,
         object="chat.completion",
         created=completion.created or int(time.time()),
         model=completion.model,
         choices=choices,
-        usage=completion.usage,
+        usage=usage
+        and CompletionUsage(
+            prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+        ),
     )
     return judged.model_copy(update={"ecso": reports})
 

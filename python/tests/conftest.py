@@ -42,6 +42,9 @@ class Mock:
         # Statuses that the next calls get, each once; `fails` gives one for a text, always.
         self.statuses: list[tuple[int, dict[str, str]]] = []
         self.fails: dict[str, int] = {}
+        # What answers end with, and what else their usage has.
+        self.finish = "stop"
+        self.more_usage: dict[str, Any] = {}
         self.lock = threading.Lock()
         self.url = ""
 
@@ -99,8 +102,8 @@ def mock() -> Iterator[Mock]:
             if status != 200:
                 return self.send(status, {"error": {"message": "no", "type": "bad"}}, headers)
             message = {"role": "assistant", "content": mock.reply(body)}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
+            choice = {"index": 0, "message": message, "finish_reason": mock.finish}
+            usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12, **mock.more_usage}
             if not body.get("stream"):
                 return self.send(
                     200,

@@ -77,3 +77,43 @@ def test_model_and_judge_are_shown_the_same(mock: Mock, picture: bytes) -> None:
 def test_the_model_is_named_by_each_call(mock: Mock) -> None:
     with pytest.raises(TypeError, match="each call"):
         ecso.guarded(openai.OpenAI(base_url=mock.url, api_key="k"), model="x")
+
+
+def test_only_counts_of_the_usage_are_kept(mock: Mock, picture: bytes) -> None:
+    mock.more_usage, mock.finish = {"note": "Rude words."}, "Rude words."
+    answer = client(mock).chat.completions.create(model="toy", messages=messages(picture, "What?"))
+    assert answer.usage.total_tokens == 12 and answer.choices[0].finish_reason == "stop"
+    assert "Rude" not in answer.model_dump_json()
+    mock.finish = "length"
+    assert client(mock).chat.completions.create(model="toy", messages=messages(picture, "What?")).choices[0].finish_reason == "length"
+
+
+def test_what_was_sent_is_judged(mock: Mock, picture: bytes) -> None:
+    mock.wait = 0.3
+
+    async def work() -> None:
+        asked = messages(picture, "Be kind.")
+        one = ecso.guarded(openai.AsyncOpenAI(base_url=mock.url, api_key="mine"), "paper")
+        answer = asyncio.create_task(one.chat.completions.create(model="toy", messages=asked))
+        while not mock.asked:
+            await asyncio.sleep(0.01)
+        asked[0]["content"][1]["text"] = "Something else."
+        await answer
+
+    asyncio.run(work())
+    assert len(mock.asked) == 2 and "Something else." not in str(mock.asked)
+
+
+def test_the_judge_has_the_key_of_the_client(mock: Mock, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of the environment")
+    raw = openai.OpenAI(base_url=mock.url, api_key="first")
+    one = ecso.guarded(raw, "paper")
+    one.chat.completions.create(model="toy", messages=messages(picture, "What?"))
+    raw.api_key = "second"
+    one.chat.completions.create(model="toy", messages=messages(picture, "What?"))
+    assert mock.keys == {"Bearer first", "Bearer second"} and len(mock.asked) == 4
+    with pytest.raises(ecso.InputError, match="no fixed key"):
+        ecso.guarded(openai.OpenAI(base_url=mock.url, api_key=lambda: "made"), "paper").chat.completions.create(
+            model="toy", messages=messages(picture, "What?")
+        )
+    assert len(mock.asked) == 4
