@@ -98,18 +98,25 @@ pub(super) fn record(batch: &RecordBatch, row: usize, is_read: impl Fn(usize) ->
     )
 }
 
+/// Whether values of a type may hold an image, or name one. All do but numbers, times and the like;
+/// whole numbers in a list may be bytes.
 fn may_be_image(data_type: &DataType) -> bool {
     match data_type {
-        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => true,
-        data_type if data_type.is_string() => true,
+        DataType::Null | DataType::Boolean => false,
+        data_type if data_type.is_numeric() || data_type.is_temporal() => false,
         DataType::Dictionary(_, value) => may_be_image(value),
+        DataType::RunEndEncoded(_, value) | DataType::Map(value, _) => {
+            may_be_image(value.data_type())
+        }
         DataType::Struct(fields) => fields.iter().any(|field| may_be_image(field.data_type())),
         DataType::List(item)
         | DataType::LargeList(item)
         | DataType::FixedSizeList(item, _)
         | DataType::ListView(item)
-        | DataType::LargeListView(item) => may_be_image(item.data_type()),
-        _ => false,
+        | DataType::LargeListView(item) => {
+            item.data_type().is_integer() || may_be_image(item.data_type())
+        }
+        _ => true,
     }
 }
 

@@ -257,43 +257,59 @@ fn count(cell: &Cell) -> usize {
 /// Finds an image in a column or nested in it, and returns its path.
 fn find_image(path: &str, cell: &Cell) -> Option<String> {
     let is_image = match cell {
-        Cell::Bytes(bytes) => SIGNATURES.iter().any(|(begin, _)| bytes.starts_with(begin)),
         Cell::Text(text) if text.starts_with(['[', '{']) => match cell.clone().parsed() {
             Cell::Text(_) => false,
             parsed => return find_image(path, &parsed),
         },
         Cell::Text(text) => is_image_text(text.trim()),
-        Cell::List(list) if is_bytes(list) => {
-            let begin: Vec<u8> = list.iter().take(8).filter_map(byte).collect();
-            SIGNATURES.iter().any(|(begins, _)| begin.starts_with(begins))
+        Cell::List(list) if !is_bytes(list) => {
+            list.iter().any(|cell| find_image(path, cell).is_some())
         }
-        Cell::List(list) => list.iter().any(|cell| find_image(path, cell).is_some()),
         Cell::Fields(fields) => {
             let mut inner = IMAGE_FIELDS.iter().filter_map(|name| Some((name, fields.get(*name)?)));
-            let (name, _) = inner.find(|(_, cell)| find_image(path, cell).is_some())?;
-            // `{bytes, path}` is the image itself; other objects are records with an image.
-            return Some(if matches!(*name, "image" | "image_url") {
-                format!("{path}.{name}")
-            } else {
-                path.to_owned()
-            });
+            match inner.find(|(_, cell)| find_image(path, cell).is_some()) {
+                // `{bytes, path}` is the image itself; other objects are records with an image.
+                Some((name @ (&"image" | &"image_url"), _)) => {
+                    return Some(format!("{path}.{name}"));
+                }
+                Some(_) => true,
+                None => holds_image(cell),
+            }
         }
-        _ => false,
+        cell => holds_image(cell),
     };
     is_image.then(|| path.to_owned())
 }
 
+/// Whether the bytes of an image are in a cell, at any depth and under any name.
+fn holds_image(cell: &Cell) -> bool {
+    let is_image = |bytes: &[u8]| SIGNATURES.iter().any(|(begin, _)| bytes.starts_with(begin));
+    match cell {
+        Cell::Bytes(bytes) => is_image(bytes),
+        Cell::Text(text) => is_encoded_image(text.trim()),
+        Cell::List(list) if is_bytes(list) => {
+            is_image(&list.iter().take(8).filter_map(byte).collect::<Vec<u8>>())
+        }
+        Cell::List(list) => list.iter().any(holds_image),
+        Cell::Fields(fields) => fields.values().any(holds_image),
+        _ => false,
+    }
+}
+
 /// Whether a text is an image, or a path or URL with the extension of an image.
 fn is_image_text(text: &str) -> bool {
-    let begins =
-        |begin: &str| text.get(..begin.len()).is_some_and(|text| text.eq_ignore_ascii_case(begin));
-    let encoded = || SIGNATURES.iter().any(|(_, begin)| text.starts_with(begin)) && is_base64(text);
     let name = text.split(['?', '#']).next().unwrap_or_default();
-    begins("data:image/")
-        || encoded()
+    is_encoded_image(text)
         || (text.len() < MAX_URL
             && !text.contains(char::is_whitespace)
             && folder::is_image(name.as_ref()))
+}
+
+/// Whether a text is a data URL of an image, or an image in base64.
+fn is_encoded_image(text: &str) -> bool {
+    const DATA: &str = "data:image/";
+    text.get(..DATA.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(DATA))
+        || (SIGNATURES.iter().any(|(_, begin)| text.starts_with(begin)) && is_base64(text))
 }
 
 /// Whether a cell is not empty, false or zero.

@@ -8,9 +8,9 @@ use std::{
 };
 
 use arrow_array::{
-    Array, ArrayRef, BinaryArray, BinaryViewArray, DictionaryArray, FixedSizeListArray, Int32Array,
-    LargeBinaryArray, LargeStringArray, RecordBatch, StringArray, StringViewArray, StructArray,
-    UInt8Array, types::Int32Type,
+    Array, ArrayRef, BinaryArray, BinaryViewArray, DictionaryArray, FixedSizeBinaryArray,
+    FixedSizeListArray, Int32Array, LargeBinaryArray, LargeStringArray, RecordBatch, StringArray,
+    StringViewArray, StructArray, UInt8Array, types::Int32Type,
 };
 use arrow_schema::{DataType, Field, Schema};
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -590,6 +590,38 @@ fn every_type_of_parquet_is_read_or_reported() {
             .unwrap_err()
             .contains("no such column")
     );
+}
+
+#[test]
+fn an_image_in_an_unknown_column_is_reported_whatever_its_type() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.parquet");
+    let query: ArrayRef = Arc::new(StringArray::from(vec!["What?"]));
+    let columns = |bytes: &[u8]| -> [ArrayRef; 4] {
+        let item = |data_type| Arc::new(Field::new_list_field(data_type, true));
+        let list = |data_type: DataType| -> ArrayRef {
+            let values = UInt8Array::from(bytes.to_vec());
+            let values = arrow_cast::cast(&values, &data_type).unwrap();
+            let size = i32::try_from(bytes.len()).unwrap();
+            Arc::new(FixedSizeListArray::new(item(data_type), size, values, None))
+        };
+        let binary: ArrayRef = Arc::new(BinaryArray::from(vec![bytes]));
+        let record = [(Arc::new(Field::new("x", DataType::Binary, false)), binary)];
+        [
+            Arc::new(FixedSizeBinaryArray::try_from_iter([bytes].into_iter()).unwrap()),
+            list(DataType::UInt8),
+            list(DataType::Int64),
+            Arc::new(StructArray::from(record.to_vec())),
+        ]
+    };
+    for (hidden, other) in columns(&png(1)).into_iter().zip(columns(b"no image")) {
+        let data_type = hidden.data_type().clone();
+        parquet(&path, vec![("query", query.clone()), ("blob", hidden)]);
+        let found = read_all(&input(path.clone())).remove(0);
+        assert!(found.is_err_and(|error| error.contains("--map image=blob")), "{data_type}");
+        parquet(&path, vec![("query", query.clone()), ("blob", other)]);
+        assert_eq!(read_all(&input(path.clone())), [Ok(("What?".to_owned(), 0))], "{data_type}");
+    }
 }
 
 #[test]
