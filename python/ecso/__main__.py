@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 from typing import NoReturn
 
 from ._ecso import has_engine
@@ -28,7 +29,9 @@ def main() -> NoReturn:
     limit_spinning()
     # Let the program handle Ctrl-C as it does without Python.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(program(shutil.which(sys.argv[0]), ["ecso", *sys.argv[1:]]))
+    # With `python -m ecso`, argv names no program.
+    executable = shutil.which(sys.argv[0]) or shutil.which("ecso", path=sysconfig.get_path("scripts"))
+    sys.exit(program(executable, ["ecso", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

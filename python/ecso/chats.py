@@ -50,7 +50,22 @@ def turns(query: Query, images: Images, system: Optional[str]) -> list[Turn]:
         last[1][:0] = pieces
     if system is not None:
         conversation.insert(0, ("system", [("text", system)]))
+    for _, parts in conversation:
+        for kind, value in parts:
+            if kind == "text":
+                whole(value)
     return conversation
+
+
+def whole(text: Any) -> str:
+    """Check that a text is one, without halves of characters, and return it."""
+    if not isinstance(text, str):
+        raise InputError(f"expected a text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"a text has halves of characters (surrogates): {error}") from error
+    return text
 
 
 def as_sequence(images: Images) -> Iterable[Any]:
@@ -71,10 +86,10 @@ def image(source: Any) -> Piece:
         if len(source) > LONGEST_PATH or "://" in source:
             raise ImageError("a text that is an image must be a path, a data URL, or an http or https URL; pass encoded images as bytes")
         return "path", source
-    if hasattr(source, "__array_interface__") and not hasattr(source, "save"):
-        return "bytes", png(from_array(source))
-    if callable(getattr(source, "save", None)):
+    if callable(getattr(source, "save", None)) and isinstance(getattr(source, "mode", None), str):
         return "bytes", png(source)
+    if hasattr(source, "__array_interface__"):
+        return "bytes", png(from_array(source))
     raise ImageError(f"{type(source).__name__} is not an image: pass a path, bytes, a URL, a Pillow image or a numpy array")
 
 
@@ -94,6 +109,8 @@ def from_array(array: Any) -> PIL.Image.Image:
             f"an array of shape {array.shape} and type {array.dtype} is not an image: expected height x width, or "
             "height x width x 3 or 4, of uint8, or of floats in 0..1"
         )
+    if array.size == 0:
+        raise ImageError(f"an array of shape {array.shape} has no pixels")
     return PIL.Image.fromarray(array)
 
 
@@ -103,7 +120,10 @@ def png(image: Any) -> bytes:
     if image.mode in ("I", "I;16B", "F"):
         raise ImageError(f"images of mode {image.mode} have no defined range of brightness: convert it to L or RGB")
     file = io.BytesIO()
-    (image if image.mode in modes else image.convert("RGB")).save(file, format="PNG")
+    try:
+        (image if image.mode in modes else image.convert("RGB")).save(file, format="PNG")
+    except Exception as error:  # Files are decoded only now, each format by its own code.
+        raise ImageError(f"Pillow can't read or convert the image: {error}") from error
     return file.getvalue()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
 from .chats import turns
@@ -74,11 +74,12 @@ class _Completions(_GuardedOnly):
         completion = self._client.chat.completions.create(**request)
         outcomes = [guard.review(request["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
-        return iter(_chunks(judged)) if arguments.get("stream") else judged
+        return _Stream(judged) if arguments.get("stream") else judged
 
     def _prepare(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return the guard for the model, and the arguments to send. These are a copy, so that what is judged is what was sent."""
-        other = sorted(name for name, value in arguments.items() if name not in ALLOWED and value is not None)
+        arguments = {name: value for name, value in arguments.items() if not _is_absent(value)}
+        other = sorted(arguments.keys() - ALLOWED)
         if other:
             raise InputError(f"these arguments can't be guarded: {', '.join(other)}; use `ecso serve`, which guards more")
         model = arguments.get("model")
@@ -104,11 +105,20 @@ def _check(messages: Any) -> None:
                 raise InputError("pass a data URL: the image at a URL may differ between the model's fetch and the guard's")
     for message in messages:
         parts = message["content"] if isinstance(message["content"], (list, tuple)) else ()
-        other = set(message) - {"role", "content"}
+        other = _fields(message) - {"role", "content"}
         for part in parts:
-            other |= set(part) - {"type", "text" if part["type"] in ("text", "input_text") else "image_url"}
+            other |= _fields(part) - {"type", "text" if part["type"] in ("text", "input_text") else "image_url"}
         if other:
             raise InputError(f"these fields of a message can't be judged: {', '.join(sorted(map(str, other)))}")
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether an argument is None, or the package's mark for one that was not given."""
+    return value is None or type(value).__name__ in ("NotGiven", "Omit")
+
+
+def _fields(value: Mapping[str, Any]) -> set[str]:
+    return {name for name, field in value.items() if field is not None}
 
 
 class _AsyncCompletions(_Completions):
@@ -120,7 +130,7 @@ class _AsyncCompletions(_Completions):
         completion = await self._client.chat.completions.create(**request)
         outcomes = [await guard.review(request["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
-        return _async_iterator(_chunks(judged)) if arguments.get("stream") else judged
+        return _AsyncStream(judged) if arguments.get("stream") else judged
 
 
 def _drafts(completion: ChatCompletion) -> list[str]:
@@ -188,6 +198,52 @@ def _chunks(judged: ChatCompletion) -> Iterator[ChatCompletionChunk]:
             )
 
 
-async def _async_iterator(chunks: Iterator[Any]) -> AsyncIterator[Any]:
-    for chunk in chunks:
-        yield chunk
+class _Stream:
+    """The chunks of a judged completion, with its `ecso`."""
+
+    def __init__(self, judged: ChatCompletion) -> None:
+        self._chunks = _chunks(judged)
+        self.ecso: Any = getattr(judged, "ecso")  # noqa: B009
+
+    def __iter__(self) -> _Stream:
+        return self
+
+    def __next__(self) -> ChatCompletionChunk:
+        return next(self._chunks)
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the stream."""
+        self._chunks = iter(())
+
+
+class _AsyncStream:
+    """`_Stream` for asyncio."""
+
+    def __init__(self, judged: ChatCompletion) -> None:
+        self._stream = _Stream(judged)
+        self.ecso = self._stream.ecso
+
+    def __aiter__(self) -> _AsyncStream:
+        return self
+
+    async def __anext__(self) -> ChatCompletionChunk:
+        try:
+            return next(self._stream)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> _AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the stream."""
+        self._stream.close()

@@ -30,6 +30,8 @@ def answers(
     import daft
     import pyarrow
 
+    guard_settings, batch_options = dict(settings or {}), dict(options or {})
+    prefix = batch_options.get("prefix", "")
     types = {
         "answer": daft.DataType.string(),
         "verdict": daft.DataType.string(),
@@ -40,7 +42,7 @@ def answers(
         "error": daft.DataType.string(),
         "error_kind": daft.DataType.string(),
     }
-    guard_settings, batch_options = dict(settings or {}), dict(options or {})
+    types = {prefix + column: kind for column, kind in types.items()}
     names = list(columns)
 
     @daft.cls

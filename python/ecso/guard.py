@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Optional, Protocol, TypeVar, Union
 
 from . import results
 from ._ecso import Call, Core, Table
-from .chats import Images, Query, turns
+from .chats import Images, Query, turns, whole
 from .errors import EcsoError
 from .results import Event, Outcome
 
@@ -26,6 +28,9 @@ class ArrowStream(Protocol):
 
     def __arrow_c_stream__(self, requested_schema: Optional[object] = None, /) -> object: ...
 
+
+_LOGIN = re.compile(r"//[^/@\s'\"]*@")
+"""A login in a URL."""
 
 T = TypeVar("T")
 Path = Union[str, "os.PathLike[str]"]
@@ -47,13 +52,17 @@ class _Guard:
     ) -> None:
         settings_given = {"model": model, "profile": profile, "set": _texts(set), **settings}
         settings_given = {name: value for name, value in settings_given.items() if value is not None}
-        self._arguments = {
-            **{"model": model, "profile": profile, "set": set, "api_key": api_key, "concurrency": concurrency, "cache": cache},
-            **settings,
-        }
+        cache = _absolute(cache)
+        # A copy, so that a pickle or a fork creates the same guard.
+        self._arguments: dict[str, Any] = copy.deepcopy(
+            {
+                **{"model": model, "profile": profile, "set": set, "api_key": api_key, "concurrency": concurrency, "cache": cache},
+                **settings,
+            }
+        )
         if concurrency is not None and concurrency < 1:
             raise ValueError("concurrency must be at least 1")
-        self._core = Core(json.dumps(settings_given, default=os.fspath), api_key, concurrency, None if cache is None else os.fspath(cache))
+        self._core = Core(json.dumps(settings_given, default=os.fspath), api_key, concurrency, cache)
 
     @property
     def profile(self) -> str:
@@ -70,10 +79,11 @@ class _Guard:
 
     def __repr__(self) -> str:
         shown = {name: value for name, value in self._arguments.items() if value is not None and name != "api_key"}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"{type(self).__name__}({_LOGIN.sub('//***@', arguments)})"
 
     def _start(self, query: Query, images: Images, system: Optional[str], draft: Optional[str], events: bool = False) -> Call:
-        return self._core.answer(turns(query, images, system), draft, events)
+        return self._core.answer(turns(query, images, system), None if draft is None else whole(draft), events)
 
     def _start_table(
         self,
@@ -92,7 +102,7 @@ class _Guard:
             map=list((map or {}).items()),
             query=query,
             prefix=prefix,
-            journal=None if journal is None else os.fspath(journal),
+            journal=_absolute(journal),
             image_bytes=image_bytes,
             max_failures=max_failures,
         )
@@ -208,8 +218,9 @@ class AsyncGuard(_Guard):
         max_failures: float = 1.0,
     ) -> Table:
         """See `Guard.process_batch`."""
-        table = await _next(self._start_table(batch, map, query, prefix, journal, image_bytes, max_failures))
-        return _expect(table, Table)
+        # In a thread, as the table may be the result of a query that runs only now.
+        call = await asyncio.to_thread(self._start_table, batch, map, query, prefix, journal, image_bytes, max_failures)
+        return _expect(await _next(call), Table)
 
 
 async def _next(call: Call) -> Any:
@@ -231,6 +242,10 @@ async def _next(call: Call) -> Any:
     except asyncio.CancelledError:
         call.cancel()
         raise
+
+
+def _absolute(path: Optional[Path]) -> Optional[str]:
+    return None if path is None else os.path.abspath(path)
 
 
 def _create(guard_type: type[_Guard], arguments: dict[str, Any]) -> _Guard:

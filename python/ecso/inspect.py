@@ -20,7 +20,10 @@ def guard(model: Optional[str] = None, profile: Optional[str] = None, **settings
     guarded = AsyncGuard(model, profile, **settings)
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
-        messages = [{"role": message.role, "content": _content(message.content)} for message in state.messages]
+        messages = [
+            {"role": message.role, "content": _content(message.content), "tool_calls": getattr(message, "tool_calls", None)}
+            for message in state.messages
+        ]
         outcome = await guarded.answer(messages)
         state.messages.append(ChatMessageAssistant(content=outcome.answer, model=outcome.model))
         state.output = ModelOutput.from_content(outcome.model, outcome.answer)

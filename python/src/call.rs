@@ -1,8 +1,9 @@
 //! Running work that Python waits for and can cancel.
 
-use std::{sync::Arc, time::Duration};
+use std::{any::Any, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use pyo3::{IntoPyObjectExt, prelude::*};
+use futures::FutureExt;
+use pyo3::{IntoPyObjectExt, exceptions::PyRuntimeError, prelude::*};
 use tokio::{
     sync::{Mutex, mpsc},
     task::AbortHandle,
@@ -32,11 +33,18 @@ pub(crate) type ItemSender = mpsc::Sender<ItemResult>;
 pub(crate) struct Call {
     items: Arc<Mutex<mpsc::Receiver<ItemResult>>>,
     task: AbortHandle,
+    /// The process where the work runs. In a fork of it, nothing does.
+    process: u32,
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        self.task.abort();
+        if self.is_here() {
+            self.task.abort();
+        } else {
+            // The locks inside may be those of a thread that does not exist here.
+            std::mem::forget(Arc::clone(&self.items));
+        }
     }
 }
 
@@ -49,12 +57,31 @@ impl Call {
         let (sender, items) = mpsc::channel(8);
         let work = work(sender.clone());
         let task = runtime()?.spawn(async move {
-            if let Err(failure) = work.await {
+            let result = AssertUnwindSafe(work).catch_unwind().await;
+            let result = result.unwrap_or_else(|panic| Err(Failure::internal(panic_text(&*panic))));
+            if let Err(failure) = result {
                 let _ = sender.send(Err(failure)).await;
             }
         });
-        Ok(Self { items: Arc::new(Mutex::new(items)), task: task.abort_handle() })
+        let items = Arc::new(Mutex::new(items));
+        Ok(Self { items, task: task.abort_handle(), process: std::process::id() })
     }
+
+    fn is_here(&self) -> bool {
+        self.process == std::process::id()
+    }
+
+    fn check_process(&self) -> PyResult<()> {
+        if self.is_here() {
+            return Ok(());
+        }
+        Err(PyRuntimeError::new_err("this call was started in another process, before a fork"))
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("unknown")
 }
 
 async fn next(items: &Mutex<mpsc::Receiver<ItemResult>>) -> Result<Option<Item>, Failure> {
@@ -73,6 +100,7 @@ fn to_python(py: Python<'_>, item: Result<Option<Item>, Failure>) -> PyResult<Py
 impl Call {
     /// Waits for the next item; None means the end. Ctrl-C cancels the work.
     fn next(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        self.check_process()?;
         let runtime = runtime()?;
         loop {
             let item = async { timeout(SIGNAL_INTERVAL, next(&self.items)).await };
@@ -86,6 +114,7 @@ impl Call {
 
     /// Calls `done(item, None)` or `done(None, exception)` with the next item, from another thread.
     fn on_next(&self, done: Py<PyAny>) -> PyResult<()> {
+        self.check_process()?;
         let items = Arc::clone(&self.items);
         runtime()?.spawn(async move {
             let item = next(&items).await;
@@ -107,6 +136,8 @@ impl Call {
 
     /// Cancels the work.
     fn cancel(&self) {
-        self.task.abort();
+        if self.is_here() {
+            self.task.abort();
+        }
     }
 }

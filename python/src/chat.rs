@@ -76,6 +76,9 @@ impl ImageReader {
 
     /// Builds the conversation and reads its images.
     pub(crate) async fn chat(&self, messages: Messages) -> Result<Chat, Failure> {
+        let pieces = messages.0.iter().flat_map(|(_, pieces)| pieces);
+        let count = pieces.filter(|piece| !matches!(piece, Piece::Text(_))).count();
+        let mut number = 0;
         let mut turns = Vec::with_capacity(messages.0.len());
         for (role, pieces) in messages.0 {
             let role = match role.as_str() {
@@ -90,7 +93,12 @@ impl ImageReader {
             for piece in pieces {
                 match piece {
                     Piece::Text(text) => parts.push(Part::Text(text)),
-                    image => parts.extend(self.read(image).await?.into_iter().map(Part::Image)),
+                    image => {
+                        number += 1;
+                        let pages = self.read(image).await;
+                        let pages = pages.map_err(|failure| failure.in_image(number, count))?;
+                        parts.extend(pages.into_iter().map(Part::Image));
+                    }
                 }
             }
             turns.push(Turn { role, parts });

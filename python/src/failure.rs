@@ -23,12 +23,25 @@ impl Failure {
         Self::new("SettingsError", message)
     }
 
+    /// An error of this package.
+    pub(crate) fn internal(cause: &str) -> Self {
+        Self::new("EcsoError", format!("internal error, please report it: {cause}"))
+    }
+
     pub(crate) fn input(message: impl Into<String>) -> Self {
         Self::new("InputError", message)
     }
 
     pub(crate) fn image(message: impl Into<String>) -> Self {
         Self::new("ImageError", message)
+    }
+
+    /// This failure, with the number of the image if there are several.
+    pub(crate) fn in_image(mut self, number: usize, count: usize) -> Self {
+        if count > 1 {
+            self.message.insert_str(0, &format!("image {number} of {count}: "));
+        }
+        self
     }
 
     fn from_kind(kind: ErrorKind, message: String, source: Option<&ModelError>) -> Self {

@@ -16,7 +16,7 @@ use ecso_gateway::settings::ImageUrls;
 use futures::{StreamExt, pin_mut};
 use pyo3::prelude::*;
 use serde_json::json;
-use tokio::sync::{Mutex, OnceCell};
+use tokio::sync::Mutex;
 
 use crate::{
     call::{Call, Item, ItemSender},
@@ -41,9 +41,11 @@ struct OpenGuard {
     concurrency: usize,
     cache: Option<PathBuf>,
     images: ImageReader,
-    guard: OnceCell<Guard<Arc<dyn Mllm>>>,
+    guard: Mutex<Option<Arc<OpenModel>>>,
     tables: Mutex<Option<Arc<TableWorker>>>,
 }
+
+type OpenModel = Guard<Arc<dyn Mllm>>;
 
 /// Answers tables.
 struct TableWorker {
@@ -53,10 +55,13 @@ struct TableWorker {
 }
 
 impl OpenGuard {
-    async fn guard(&self) -> Result<&Guard<Arc<dyn Mllm>>, Failure> {
-        let open =
-            async || Ok(Guard::new(self.setup.open_model().await?, self.setup.profile().clone()));
-        self.guard.get_or_try_init(open).await
+    async fn guard(&self) -> Result<Arc<OpenModel>, Failure> {
+        let mut current = self.guard.lock().await;
+        if let Some(guard) = &*current {
+            return Ok(Arc::clone(guard));
+        }
+        let model = self.setup.open_model().await?;
+        Ok(Arc::clone(current.insert(Arc::new(Guard::new(model, self.setup.profile().clone())))))
     }
 
     async fn table_worker(&self) -> Result<Arc<TableWorker>, Failure> {
@@ -106,10 +111,11 @@ impl OpenGuard {
         let answers =
             worker.model.run(answerer.answer(&tables.schema, tables.batches, &options)).await;
         if answers.is_err() {
-            // The model stayed unreachable. The next call connects again.
+            // The model stayed unreachable, or is another one. The next call opens it again.
             let mut current = self.tables.lock().await;
             if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &worker)) {
                 *current = None;
+                *self.guard.lock().await = None;
             }
         }
         Ok(Table::new(&tables.schema, answers??, &options.prefix))
@@ -129,7 +135,7 @@ impl Core {
                 concurrency: self.concurrency,
                 cache: self.cache.clone(),
                 images,
-                guard: OnceCell::new(),
+                guard: Mutex::default(),
                 tables: Mutex::default(),
             }))
         })

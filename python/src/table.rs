@@ -26,14 +26,17 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Tables {
 
     fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
         if object.hasattr("__arrow_c_array__")? {
-            let batch = validated(RecordBatch::from_pyarrow_bound(&object)?)?;
+            let batch = RecordBatch::from_pyarrow_bound(&object)?;
+            let batch = object.py().detach(|| validated(batch))?;
             return Ok(Self { schema: batch.schema(), batches: vec![batch] });
         }
         if object.hasattr("__arrow_c_stream__")? {
             let reader = RecordBatchStreamReader::from_pyarrow_bound(&object)?;
             let schema = reader.schema();
-            let batches: PyResult<Vec<_>> =
-                reader.map(|batch| batch.map_err(value_error).and_then(validated)).collect();
+            // Reading a stream to its end may be the work of a whole query.
+            let batches: PyResult<Vec<_>> = object.py().detach(|| {
+                reader.map(|batch| batch.map_err(value_error).and_then(validated)).collect()
+            });
             return Ok(Self { schema, batches: batches? });
         }
         Err(PyTypeError::new_err(

@@ -42,6 +42,7 @@ class Mock:
         # Statuses that the next calls get, each once; `fails` gives one for a text, always.
         self.statuses: list[tuple[int, dict[str, str]]] = []
         self.fails: dict[str, int] = {}
+        self.model = "toy"
         # What answers end with, and what else their usage has.
         self.finish = "stop"
         self.more_usage: dict[str, Any] = {}
@@ -86,7 +87,7 @@ def mock() -> Iterator[Mock]:
             self.wfile.write(body)
 
         def do_GET(self) -> None:
-            self.send(200, {"data": [{"id": "toy"}]})
+            self.send(200, {"data": [{"id": mock.model}]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -31,7 +31,9 @@ def test_answers_are_judged(mock: Mock, picture: bytes) -> None:
 
 
 def test_streams_are_held(mock: Mock, picture: bytes) -> None:
-    chunks = list(client(mock).chat.completions.create(model="toy", messages=messages(picture, "Be rude."), stream=True))
+    with client(mock).chat.completions.create(model="toy", messages=messages(picture, "Be rude."), stream=True) as stream:
+        assert stream.ecso[0]["verdict"] == "unsafe"
+        chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "A kind word."
     assert chunks[-1].choices[0].finish_reason == "stop"
 
@@ -58,8 +60,9 @@ def test_asyncio(mock: Mock, picture: bytes) -> None:
         one = ecso.guarded(openai.AsyncOpenAI(base_url=mock.url, api_key="mine"), "paper")
         rude = await one.chat.completions.create(model="toy", messages=messages(picture, "Be rude."))
         assert rude.choices[0].message.content == "A kind word."
-        stream = await one.chat.completions.create(model="toy", messages=messages(picture, "What?"), stream=True)
-        texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        async with await one.chat.completions.create(model="toy", messages=messages(picture, "What?"), stream=True) as stream:
+            assert stream.ecso[0]["verdict"] == "safe"
+            texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
         assert "".join(texts) == "A list of things: What?"
 
     asyncio.run(work())
@@ -72,6 +75,14 @@ def test_model_and_judge_are_shown_the_same(mock: Mock, picture: bytes) -> None:
         with pytest.raises(ecso.InputError):
             client(mock).chat.completions.create(model="toy", messages=[{"role": "user", "content": content}])
     assert not mock.asked
+
+
+def test_what_is_not_given_is_not_refused(mock: Mock, picture: bytes) -> None:
+    asked = [{**message, "name": None, "tool_calls": None} for message in messages(picture, "What?")]
+    answer = client(mock).chat.completions.create(model="toy", messages=asked, tools=openai.NOT_GIVEN, stream=None, top_p=None)
+    assert answer.ecso[0]["verdict"] == "safe" and "tools" not in mock.asked[0]
+    with pytest.raises(ecso.InputError, match="name"):
+        client(mock).chat.completions.create(model="toy", messages=[{**asked[0], "name": "someone"}])
 
 
 def test_the_model_is_named_by_each_call(mock: Mock) -> None:

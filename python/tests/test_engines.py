@@ -27,6 +27,21 @@ def test_what_a_table_asked_is_packed_without_asking_again(mock: Mock, tmp_path:
     assert len(mock.asked) - asked == 1, "the second check of the answer that was written anew"
 
 
+def test_calls_of_tools_are_not_dropped_in_inspect(mock: Mock) -> None:
+    inspect_ai = pytest.importorskip("inspect_ai")
+    from inspect_ai.dataset import MemoryDataset, Sample
+    from inspect_ai.model import ChatMessageAssistant, ChatMessageUser
+    from inspect_ai.tool import ToolCall
+
+    from ecso.inspect import guard
+
+    call = ToolCall(id="1", function="look", arguments={})
+    sample = Sample(input=[ChatMessageUser(content="Look."), ChatMessageAssistant(content="Yes.", tool_calls=[call])])
+    task = inspect_ai.Task(dataset=MemoryDataset([sample]), solver=guard(mock.url, "paper"))
+    [log] = inspect_ai.eval(task, model="mockllm/model", display="none", log_dir="logs")
+    assert log.status == "error" and "tool_calls" in log.error.message and not mock.asked
+
+
 def test_a_solver_of_inspect(mock: Mock, picture: bytes) -> None:
     inspect_ai = pytest.importorskip("inspect_ai")
     from inspect_ai.dataset import MemoryDataset, Sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import pickle
@@ -143,6 +144,24 @@ def test_settings_are_those_of_the_program(mock: Mock, settings: dict[str, objec
         ecso.Guard(mock.url, **{"profile": "paper", **settings})  # type: ignore[arg-type]
 
 
+def test_a_login_is_not_shown(mock: Mock) -> None:
+    shown = repr(guard(mock)) + repr(ecso.Guard("http://me:pass-word@localhost:1/v1", "paper"))
+    assert "pass-word" not in shown and "//***@localhost" in shown and mock.url in shown
+
+
+def test_pictures_that_cannot_be_read(mock: Mock, picture: bytes) -> None:
+    cut = PIL.Image.open(io.BytesIO(picture[: len(picture) // 2]))
+    for image in (cut, numpy.zeros((0, 5, 3), numpy.uint8)):
+        with pytest.raises(ecso.ImageError):
+            guard(mock).answer("What?", image)
+    with pytest.raises(ecso.ImageError, match="image 2 of 2"):
+        guard(mock).answer("What?", [PICTURE, b"none"])
+    for query, system, draft in [("What \ud800?", None, ""), ("What?", "\ud800", ""), ("What?", None, "\ud800")]:
+        with pytest.raises(ecso.InputError, match="surrogates"):
+            guard(mock).review(query, PICTURE, system=system, draft=draft)
+    assert not mock.asked
+
+
 def test_settings_change_what_is_sent(mock: Mock) -> None:
     one = guard(mock, set={"direct.max_tokens": 7, "scope": "all"}, model_name="named", api_key="secret", server={"omit": "seed"})
     assert one.answer("Hello.").verdict == "safe"
@@ -181,7 +200,10 @@ def test_a_model_in_this_process_needs_the_engine() -> None:
 
 
 def test_it_can_be_pickled(mock: Mock) -> None:
-    copy = pickle.loads(pickle.dumps(guard(mock, set={"direct.max_tokens": 7}, concurrency=3)))
+    fields = {"direct.max_tokens": 7}
+    original = guard(mock, set=fields, concurrency=3)
+    fields["no.such.field"] = 1
+    copy = pickle.loads(pickle.dumps(original))
     assert (copy.profile, copy.concurrency) == ("paper+", 3)
     assert copy.answer("What?", PICTURE).verdict == "safe"
     awaited = pickle.loads(pickle.dumps(ecso.AsyncGuard(mock.url, "paper")))
@@ -210,6 +232,25 @@ def test_a_forked_process_opens_its_own(mock: Mock) -> None:
         pytest.fail("the forked process hangs")
     assert os.waitstatus_to_exitcode(status) == 0
     assert shared.answer("What?", PICTURE).verdict == "safe"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_stream_is_of_the_process_that_began_it(mock: Mock) -> None:
+    events = guard(mock).stream("What?", PICTURE)
+    next(events)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            next(events)
+        except RuntimeError as error:
+            events.close()
+            os._exit(0 if "fork" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert isinstance(list(events)[-1], ecso.Done)
 
 
 def test_other_threads_run_meanwhile(mock: Mock) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +171,86 @@ def test_a_model_that_is_back_is_asked_again(mock: Mock) -> None:
         one.process_batch(rows(3))
     mock.fails = {}
     assert pa.table(one.process_batch(rows(3)))["error"].null_count == 3
+
+
+def test_a_server_with_another_model_is_opened_again(mock: Mock, tmp_path: Path) -> None:
+    one = guard(mock, server=PATIENT)
+    one.process_batch(rows(1))
+    mock.model, mock.statuses = "other", [(500, {})]
+    with pytest.raises(ecso.ModelError, match="another model"):
+        one.process_batch(rows(3))
+    mock.statuses, mock.asked = [], []
+    assert pa.table(one.process_batch(rows(3)))["error"].null_count == 3
+    assert {body["model"] for body in mock.asked} == {"other"}
+
+
+def test_a_wait_may_be_a_date(mock: Mock) -> None:
+    date = email.utils.formatdate(time.time() + 3, usegmt=True)
+    mock.statuses = [(429, {"Retry-After": date})]
+    begun = time.monotonic()
+    assert pa.table(guard(mock, server={"retries": 0}).process_batch(rows(2)))["error"].null_count == 2
+    assert 1.5 < time.monotonic() - begun < 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits on files")
+def test_a_full_disk_costs_no_journal(mock: Mock, tmp_path: Path) -> None:
+    script = (
+        "import ecso, pyarrow as pa, resource, sys\n"
+        "from pathlib import Path\n"
+        "url, journal = sys.argv[1], Path(sys.argv[2])\n"
+        "guard = ecso.Guard(url, 'paper', set={'scope': 'all'})\n"
+        "table = lambda *queries: pa.table({'query': queries})\n"
+        "guard.process_batch(table('What is 0?'), journal=journal)\n"
+        "[file] = journal.iterdir()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 40, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    guard.process_batch(table('What is 1?'), journal=journal)\n"
+        "except ecso.EcsoError as error:\n"
+        "    print(error)\n"
+        "print(file.read_bytes()[-1:])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)\n"
+        "for _ in range(2):\n"
+        "    print(len(guard.process_batch(table('What is 0?', 'What is 2?'), journal=journal)))\n"
+    )
+    journal = tmp_path / "journal"
+    ran = subprocess.run([sys.executable, "-c", script, mock.url, journal], capture_output=True, text=True, timeout=60)
+    error, last, *counts = ran.stdout.splitlines()
+    assert "journal" in error and last != repr(b"\n"), ran.stderr + ran.stdout
+    assert counts == ["2", "2"], ran.stderr
+    asked = len(mock.asked)
+    table = pa.table({"query": ["What is 2?"]})
+    guard(mock, set={"scope": "all"}).process_batch(table, journal=journal)
+    assert len(mock.asked) == asked
+
+
+def test_a_journal_stays_where_it_is(mock: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = guard(mock, cache="cache")
+    one.process_batch(rows(1), journal="journal")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    one.process_batch(rows(2), journal="journal")
+    assert len(list(tmp_path.glob("journal/*"))) == len(list(tmp_path.glob("below/journal/*"))) == 1
+    assert not (tmp_path / "below" / "cache").exists()
+
+
+def test_a_table_that_is_made_only_now(mock: Mock) -> None:
+    batch = rows(2)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for _ in range(3):
+            time.sleep(0.2)
+            yield batch
+
+    async def work() -> None:
+        reader = pa.RecordBatchReader.from_batches(batch.schema, batches())
+        task = asyncio.create_task(ecso.AsyncGuard(mock.url, "paper").process_batch(reader))
+        ticks = 0
+        while not task.done():
+            await asyncio.sleep(0.02)
+            ticks += 1
+        assert len(await task) == 6 and ticks > 20, "the event loop went on"
+
+    asyncio.run(work())
 
 
 def test_what_a_journal_has_is_not_asked_again(mock: Mock, tmp_path: Path) -> None:

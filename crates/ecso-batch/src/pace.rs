@@ -17,7 +17,7 @@ use tokio::{
 
 /// The first wait after an overload error that names no time; each wait doubles, up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
-/// The longest wait.
+/// The longest of these waits.
 const LONGEST_WAIT: Duration = Duration::from_mins(1);
 
 /// The interval between probes of an unreachable model; shorter if the patience is short.
@@ -167,7 +167,7 @@ impl<M: Mllm> Paced<M> {
         // Calls that ran together are rejected together, so they count once.
         if started >= pace.not_before {
             pace.allowed = (pace.allowed / 2.0).max(1.0);
-            let wait = retry_after.unwrap_or(pace.wait).min(LONGEST_WAIT);
+            let wait = retry_after.map_or(pace.wait, |wait| wait.min(self.patience.busy));
             pace.wait = (pace.wait * 2).min(LONGEST_WAIT);
             pace.not_before = now + wait;
             if pace.last_warning.is_none_or(|last_warning| now - last_warning > WARNING_INTERVAL) {

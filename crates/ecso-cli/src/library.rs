@@ -14,7 +14,7 @@ use crate::{
     error::UsageError,
     profiles,
     settings::{self, Settings},
-    worker::Worker,
+    worker::{Stopped, Worker},
 };
 
 /// Whether an error means that the request itself was wrong: a setting, a profile or a file.
@@ -123,6 +123,12 @@ impl BatchModel {
     /// # Errors
     /// The model stayed unreachable, or the server came back with another model.
     pub async fn run<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
-        self.0.run(work).await
+        self.0.run(work).await.map_err(|stopped| match stopped {
+            Stopped::Unavailable(error) => anyhow::Error::new(error)
+                .context("stopped; what a journal or a cache has recorded is kept"),
+            Stopped::OtherModel(error) => anyhow::Error::new(error).context(
+                "some recorded answers may be another model's; use a new journal and cache",
+            ),
+        })
     }
 }

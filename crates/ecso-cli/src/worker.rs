@@ -19,6 +19,14 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(3);
 
 type PacedModel = Arc<Paced<Arc<dyn Mllm>>>;
 
+/// Why work was stopped before its end.
+pub(crate) enum Stopped {
+    /// The model stayed unreachable.
+    Unavailable(ModelError),
+    /// The server came back with another model.
+    OtherModel(ModelError),
+}
+
 /// A model for long-running work: asked no faster than it can answer, with replies from a cache.
 pub(crate) struct Worker {
     cached: Arc<Cached<PacedModel>>,
@@ -49,7 +57,7 @@ impl Worker {
     ) -> anyhow::Result<Self> {
         if let Some(folder) = &cache {
             check_cache(folder)
-                .map_err(|error| UsageError(format!("--cache {}: {error}", folder.display())))?;
+                .map_err(|error| UsageError(format!("cache {}: {error}", folder.display())))?;
         }
         // A server that is unreachable from the start is not waited for.
         model.health().await?;
@@ -92,26 +100,26 @@ impl Worker {
         &self,
         work: impl Future<Output = T>,
     ) -> anyhow::Result<T> {
-        interruptible(self.run(Box::pin(work)), Interrupted::RESUMABLE).await?
+        let output = interruptible(self.run(Box::pin(work)), Interrupted::RESUMABLE).await?;
+        output.map_err(|stopped| match stopped {
+            Stopped::Unavailable(error) => anyhow::Error::new(error)
+                .context("stopped; recorded work is kept, run the same command again to resume"),
+            Stopped::OtherModel(error) => anyhow::Error::new(error).context(
+                "some recorded replies may be another model's; use another --out and no --cache",
+            ),
+        })
     }
 
     /// Runs `work` until it ends or the model stays unreachable.
-    pub(crate) async fn run<T>(&self, work: impl Future<Output = T>) -> anyhow::Result<T> {
+    pub(crate) async fn run<T>(&self, work: impl Future<Output = T>) -> Result<T, Stopped> {
         let checked = async {
             let output = work.await;
-            self.paced.check_identity().await.map_err(|error| {
-                anyhow::Error::new(error).context(
-                    "some recorded replies may be another model's; use another --out and no \
-                     --cache",
-                )
-            })?;
+            self.paced.check_identity().await.map_err(Stopped::OtherModel)?;
             Ok(output)
         };
         tokio::select! {
             output = checked => output,
-            error = self.paced.unavailable() => Err(anyhow::Error::new(error).context(
-                "stopped; recorded work is kept, run the same command again to resume",
-            )),
+            error = self.paced.unavailable() => Err(Stopped::Unavailable(error)),
         }
     }
 }

@@ -7,7 +7,7 @@ mod store;
 use std::{
     collections::HashMap,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use arrow_array::RecordBatch;
@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     input::{Columns, Mapping, RowError},
-    row::{ImageSource, PartsHasher, Row, shorten},
+    row::{ImageSource, PartsHasher, Row, shorten_to},
 };
 pub use columns::{NAMES, schema};
 use store::Store;
@@ -144,6 +144,11 @@ impl Entry for Answer {
 }
 
 impl Answer {
+    /// Whether it answers the row. Its journal may have been edited.
+    fn is_complete(&self) -> bool {
+        self.error.is_none() && self.answer.is_some() && self.verdict.is_some()
+    }
+
     fn new(id: String, outcome: Outcome, index: usize) -> Self {
         let captions: Vec<&str> = outcome
             .steps
@@ -179,12 +184,15 @@ impl Answer {
             caption: None,
             tokens: 0,
             ms: 0,
-            error: Some(shorten(error).into_owned()),
+            error: Some(shorten_to(MAX_ERROR, error).into_owned()),
             error_kind: Some(kind),
             index,
         }
     }
 }
+
+/// Longest error of a row, in characters. The texts in it are shortened further.
+const MAX_ERROR: usize = 1000;
 
 /// Why a table could not be answered.
 #[derive(Debug, thiserror::Error)]
@@ -207,12 +215,15 @@ pub enum AnswersError {
         first: String,
     },
     /// The journal can't be read or written.
-    #[error(transparent)]
+    #[error("the journal can't be used")]
     Journal(#[from] JournalError),
     /// The new columns don't fit the table.
     #[error("the answers don't fit the table")]
     Arrow(#[from] ArrowError),
 }
+
+/// The error of a row with an image behind a URL.
+const NOT_FETCHED: &str = "images behind URLs are not fetched here (gateway.image_urls)";
 
 /// How a table is answered.
 #[derive(Debug, Clone)]
@@ -276,7 +287,7 @@ impl TableAnswerer {
         let reader = Columns::new(schema, options.mapping.clone(), options.query.clone());
         let reader = reader.map_err(AnswersError::Columns)?;
         let count: usize = tables.iter().map(RecordBatch::num_rows).sum();
-        self.with_store(Store::refresh)?;
+        self.store().map_or(Ok(()), |mut store| store.refresh())?;
         let rows = Rows::new(tables.clone(), reader);
         // Of rows with the same key only the first is answered.
         let mut first_of = HashMap::new();
@@ -290,10 +301,9 @@ impl TableAnswerer {
                 return RowDecision::Skip;
             }
             first_of.insert(job.key.clone(), job.index);
-            match self.with_store(|store| store.find(&job.key)) {
-                Ok(Some(Some(stored))) => RowDecision::Known(Answer { index: job.index, ..stored }),
-                // If it can't be looked up, it is asked again.
-                _ => RowDecision::Make(job),
+            match self.store().and_then(|mut store| store.find(&job.key)) {
+                Some(stored) => RowDecision::Known(Answer { index: job.index, ..stored }),
+                None => RowDecision::Make(job),
             }
         };
         let bounds = Bounds { bytes: options.image_bytes, ..Bounds::at_once(options.concurrency) };
@@ -304,8 +314,10 @@ impl TableAnswerer {
             pin_mut!(entries);
             while let Some(answer) = entries.next().await {
                 let answer = answer?;
-                if !answer.id.is_empty() {
-                    self.with_store(|store| store.add(&answer))?;
+                if !answer.id.is_empty()
+                    && let Some(mut store) = self.store()
+                {
+                    store.add(&answer)?;
                 }
                 failed += usize::from(answer.failed());
                 if let Some(error) = &answer.error {
@@ -326,26 +338,26 @@ impl TableAnswerer {
         columns::append(&new_schema, &tables, &answers)
     }
 
-    fn with_store<T>(
-        &self,
-        work: impl FnOnce(&mut Store) -> Result<T, JournalError>,
-    ) -> Result<Option<T>, JournalError> {
-        let store =
-            self.store.as_ref().map(|store| store.lock().unwrap_or_else(PoisonError::into_inner));
-        store.map(|mut store| work(&mut store)).transpose()
+    fn store(&self) -> Option<MutexGuard<'_, Store>> {
+        self.store.as_ref().map(|store| store.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     async fn read_images(&self, row: &Row) -> Result<Vec<Vec<Image>>, String> {
         let mut images = Vec::with_capacity(row.images.len());
-        for source in &row.images {
+        for (index, source) in row.images.iter().enumerate() {
             let read = match (&self.fetcher, source) {
-                (None, ImageSource::Url(_)) => {
-                    return Err("images behind URLs are not fetched here".into());
+                (None, ImageSource::Url(_)) => Err(NOT_FETCHED.to_owned()),
+                (Some(fetcher), source) => {
+                    source.read(fetcher, self.limits).await.map_err(|error| error_chain(&error))
                 }
-                (Some(fetcher), source) => source.read(fetcher, self.limits).await,
-                (None, source) => source.read_local(self.limits).map_err(Into::into),
+                (None, source) => {
+                    source.read_local(self.limits).map_err(|error| error_chain(&error))
+                }
             };
-            images.push(read.map_err(|error| error_chain(&error))?);
+            images.push(read.map_err(|error| match row.images.len() {
+                1 => error,
+                count => format!("image {} of {count}: {error}", index + 1),
+            })?);
         }
         Ok(images)
     }
@@ -353,6 +365,7 @@ impl TableAnswerer {
     fn key(&self, row: &Row, images: &[Image]) -> String {
         let mut key = PartsHasher::default();
         key.add(&self.identity);
+        key.add(row.earlier.len().to_le_bytes());
         key.add(row.key(images));
         key.add([u8::from(row.draft.is_some())]);
         key.add(row.draft.as_deref().unwrap_or_default());

@@ -108,7 +108,12 @@ const MAX_SHOWN: usize = 200;
 /// Shortens a text of a row for an error message. A row may have 100 MB, and its error is written
 /// to the journal.
 pub(crate) fn shorten(text: &str) -> Cow<'_, str> {
-    match text.char_indices().nth(MAX_SHOWN) {
+    shorten_to(MAX_SHOWN, text)
+}
+
+/// [`shorten`] to `most` characters.
+pub(crate) fn shorten_to(most: usize, text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(most) {
         Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", &text[..end], text.len())),
         None => Cow::Borrowed(text),
     }

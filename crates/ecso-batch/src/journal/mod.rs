@@ -137,6 +137,10 @@ pub fn path(out: &Path) -> PathBuf {
 pub struct Journal {
     path: PathBuf,
     file: File,
+    /// Length of the file up to its last complete line.
+    end: u64,
+    /// Whether something incomplete may follow `end`, because a write failed.
+    is_torn: bool,
     was_truncated: bool,
     index: Index,
 }
@@ -159,7 +163,7 @@ impl Journal {
     /// As [`Journal::open`].
     pub fn open_file<H: JournalHeader>(path: &Path, header: &H) -> Result<Self, JournalError> {
         let file_error = |source| file_error(path, source);
-        let mut file = open_locked(path)?;
+        let file = open_locked(path)?;
         if let Some(FirstLine { id: Some(_) }) = JournalReader::at(path).lines()?.next()? {
             return Err(JournalError::NoHeader { path: path.to_owned() });
         }
@@ -180,8 +184,9 @@ impl Journal {
             }
         }
         let Lines { end, was_truncated, lacks_line_break, .. } = lines;
-        file.set_len(end).and_then(|()| file.seek(SeekFrom::End(0))).map_err(file_error)?;
-        let mut journal = Self { path: path.to_owned(), file, was_truncated, index };
+        let path = path.to_owned();
+        let mut journal = Self { path, file, end, is_torn: true, was_truncated, index };
+        journal.repair()?;
         if lacks_line_break {
             journal.add(b"\n")?;
         }
@@ -189,6 +194,12 @@ impl Journal {
             journal.add(&written)?;
         }
         Ok(journal)
+    }
+
+    /// The journal's file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Whether the last line had been cut off by a crash.
@@ -259,11 +270,28 @@ impl Journal {
         Ok(())
     }
 
+    /// Adds a complete line. If that fails, the next call first removes what was written of it.
     fn add(&mut self, line: &[u8]) -> Result<(), JournalError> {
+        self.repair()?;
+        self.is_torn = true;
         self.file
             .write_all(line)
             .and_then(|()| self.file.flush())
-            .map_err(|source| file_error(&self.path, source))
+            .map_err(|source| file_error(&self.path, source))?;
+        (self.end, self.is_torn) = (self.end + line.len() as u64, false);
+        Ok(())
+    }
+
+    /// Removes what follows the last complete line.
+    fn repair(&mut self) -> Result<(), JournalError> {
+        if self.is_torn {
+            self.file
+                .set_len(self.end)
+                .and_then(|()| self.file.seek(SeekFrom::Start(self.end)))
+                .map_err(|source| file_error(&self.path, source))?;
+            self.is_torn = false;
+        }
+        Ok(())
     }
 }
 

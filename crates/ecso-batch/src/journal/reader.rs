@@ -92,7 +92,7 @@ impl JournalReader {
             .reader
             .seek(SeekFrom::Start(begin))
             .map_err(|source| file_error(&self.path, source))?;
-        lines.end = begin;
+        (lines.begin, lines.end) = (begin, begin);
         Ok(Entries { lines, entry: PhantomData })
     }
 
@@ -120,7 +120,7 @@ impl JournalReader {
     }
 }
 
-/// See [`JournalReader::entries`].
+/// See [`JournalReader::entries`]. After a line that can't be parsed, the next item is the next line.
 pub struct Entries<E> {
     lines: Lines<File>,
     entry: PhantomData<E>,
@@ -133,10 +133,11 @@ impl<E> Entries<E> {
         self.lines.was_truncated
     }
 
-    /// The byte position after the last entry that was read.
+    /// The byte position after the last complete line that was read. A line without its line break
+    /// may still be in the making.
     #[must_use]
     pub fn end(&self) -> u64 {
-        self.lines.end
+        if self.lines.lacks_line_break { self.lines.begin } else { self.lines.end }
     }
 }
 
@@ -222,7 +223,8 @@ pub(super) struct Lines<R> {
     pub(super) text: Vec<u8>,
     /// How many lines were read.
     number: usize,
-    /// The byte position after the last line that was read.
+    /// The byte positions before and after the last line that was read.
+    begin: u64,
     pub(super) end: u64,
     pub(super) was_truncated: bool,
     /// Whether the last line has no line break.
@@ -237,6 +239,7 @@ impl<R: Read> Lines<R> {
             reader,
             text: Vec::new(),
             number: 0,
+            begin: 0,
             end: 0,
             was_truncated: false,
             lacks_line_break: false,
@@ -253,21 +256,19 @@ impl<R: Read> Lines<R> {
             return Ok(None);
         }
         let lacks_line_break = self.text.last() != Some(&b'\n');
-        match serde_json::from_slice(&self.text) {
-            Err(error) if lacks_line_break && !error.is_data() => {
-                self.was_truncated = true;
-                Ok(None)
-            }
-            Err(source) => {
-                Err(JournalError::Line { path: self.path.clone(), line: self.number + 1, source })
-            }
-            Ok(entry) => {
-                self.number += 1;
-                self.end += read as u64;
-                self.lacks_line_break = lacks_line_break;
-                Ok(Some(entry))
-            }
+        let parsed = serde_json::from_slice(&self.text);
+        if lacks_line_break && parsed.as_ref().is_err_and(|error| !error.is_data()) {
+            self.was_truncated = true;
+            return Ok(None);
         }
+        self.number += 1;
+        (self.begin, self.end) = (self.end, self.end + read as u64);
+        self.lacks_line_break = lacks_line_break;
+        parsed.map(Some).map_err(|source| JournalError::Line {
+            path: self.path.clone(),
+            line: self.number,
+            source,
+        })
     }
 }
 

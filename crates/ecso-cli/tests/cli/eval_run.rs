@@ -213,7 +213,7 @@ async fn a_failed_judge_is_asked_again_despite_the_cache() {
     judge(&cache).success();
     // A wrong folder is reported before the model is asked.
     let output = judge(&answers).code(2);
-    assert!(told(&output).contains("--cache"), "{}", told(&output));
+    assert!(told(&output).contains("cache "), "{}", told(&output));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,11 +3,15 @@
 
 use std::{
     collections::HashMap,
+    ffi::OsStr,
     fs,
     path::{Path, PathBuf},
 };
 
-use ecso_batch::journal::{Entry, Journal, JournalError, JournalHeader, JournalReader};
+use ecso_batch::{
+    check_cache,
+    journal::{Journal, JournalError, JournalHeader, JournalReader},
+};
 use serde::{Deserialize, Serialize};
 
 use super::Answer;
@@ -31,7 +35,9 @@ type Location = (usize, u64);
 /// The journals in a folder.
 pub(super) struct Store {
     folder: PathBuf,
-    own: Journal,
+    header: Header,
+    /// The journal of this process, once it has an answer.
+    own: Option<Journal>,
     /// The files, each with the offset up to which it was read.
     files: Vec<(PathBuf, u64)>,
     known: HashMap<String, Location>,
@@ -39,39 +45,41 @@ pub(super) struct Store {
 
 impl Store {
     pub(super) fn open(folder: &Path, made_by: &str) -> Result<Self, JournalError> {
-        let failed = |source| JournalError::File { path: folder.to_owned(), source };
-        fs::create_dir_all(folder).map_err(failed)?;
-        let own = tempfile::Builder::new()
-            .prefix("answers-")
-            .suffix(".jsonl")
-            .tempfile_in(folder)
-            .map_err(failed)?;
-        let (_, own) = own.keep().map_err(|error| failed(error.error))?;
-        let own = Journal::open_file(&own, &Header { made_by: made_by.to_owned() })?;
-        Ok(Self { folder: folder.to_owned(), own, files: Vec::new(), known: HashMap::new() })
+        check_cache(folder)
+            .map_err(|source| JournalError::File { path: folder.to_owned(), source })?;
+        Ok(Self {
+            folder: folder.to_owned(),
+            header: Header { made_by: made_by.to_owned() },
+            own: None,
+            files: Vec::new(),
+            known: HashMap::new(),
+        })
     }
 
-    /// Reads what this and other processes wrote since the last time.
+    /// Reads what this and other processes wrote since the last time. Other files, lines that are
+    /// not complete answers, and files that were deleted in the meantime are ignored: what can't be
+    /// found is asked again.
     pub(super) fn refresh(&mut self) -> Result<(), JournalError> {
         let failed = |source| JournalError::File { path: self.folder.clone(), source };
         for file in fs::read_dir(&self.folder).map_err(failed)? {
             let path = file.map_err(failed)?.path();
-            let is_new = path.extension().is_some_and(|extension| extension == "jsonl")
-                && !self.files.iter().any(|(known, _)| *known == path);
-            if is_new {
+            if is_ours(&path) && !self.files.iter().any(|(known, _)| *known == path) {
                 self.files.push((path, 0));
             }
         }
         for (number, (path, end)) in self.files.iter_mut().enumerate() {
-            if fs::metadata(&*path).is_ok_and(|file| file.len() <= *end) {
+            let is_read = |file: fs::Metadata| !file.is_file() || file.len() <= *end;
+            if fs::metadata(&*path).map_or(true, is_read) {
                 continue;
             }
             let mut entries = JournalReader::at(path).entries_from::<Answer>(*end)?;
             for entry in entries.by_ref() {
-                let (begin, answer) = entry?;
-                // Ignores lines that are not complete answers.
-                if !answer.failed() && answer.answer.is_some() && answer.verdict.is_some() {
-                    self.known.insert(answer.id, (number, begin));
+                match entry {
+                    Ok((begin, answer)) if answer.is_complete() => {
+                        self.known.insert(answer.id, (number, begin));
+                    }
+                    Ok(_) | Err(JournalError::Line { .. }) => {}
+                    Err(error) => return Err(error),
                 }
             }
             *end = entries.end();
@@ -80,15 +88,47 @@ impl Store {
     }
 
     /// Looks up the answer with this key; none if it is not there or the row failed.
-    pub(super) fn find(&mut self, key: &str) -> Result<Option<Answer>, JournalError> {
-        let Some((file, begin)) = self.known.get(key) else { return Ok(None) };
-        let mut entries = JournalReader::at(&self.files[*file].0).entries_from::<Answer>(*begin)?;
-        let answer = entries.next().transpose()?.map(|(_, answer)| answer);
-        Ok(answer.filter(|answer| answer.id == key))
+    pub(super) fn find(&mut self, key: &str) -> Option<Answer> {
+        let (file, begin) = *self.known.get(key)?;
+        let entries = JournalReader::at(&self.files[file].0).entries_from::<Answer>(begin);
+        let entry = entries.ok().and_then(|mut entries| entries.next()?.ok());
+        let answer = entry.map(|(_, answer)| answer).filter(|answer| answer.id == key);
+        if answer.is_none() {
+            self.known.remove(key);
+        }
+        answer
     }
 
     /// Adds an answer, unless it is known.
     pub(super) fn add(&mut self, answer: &Answer) -> Result<(), JournalError> {
-        if self.known.contains_key(&answer.id) { Ok(()) } else { self.own.record(answer) }
+        if self.known.contains_key(&answer.id) {
+            return Ok(());
+        }
+        match &mut self.own {
+            // A journal that was deleted would lose what is written to it.
+            Some(own) if own.path().exists() => own.record(answer),
+            _ => self.own.insert(self.create()?).record(answer),
+        }
     }
+
+    fn create(&self) -> Result<Journal, JournalError> {
+        let failed = |source| JournalError::File { path: self.folder.clone(), source };
+        fs::create_dir_all(&self.folder).map_err(failed)?;
+        let file = tempfile::Builder::new()
+            .prefix(PREFIX)
+            .suffix(SUFFIX)
+            .tempfile_in(&self.folder)
+            .map_err(failed)?;
+        let (_, path) = file.keep().map_err(|error| failed(error.error))?;
+        Journal::open_file(&path, &self.header)
+    }
+}
+
+/// The beginning and the end of the names of journals.
+const PREFIX: &str = "answers-";
+const SUFFIX: &str = ".jsonl";
+
+fn is_ours(path: &Path) -> bool {
+    let name = path.file_name().and_then(OsStr::to_str);
+    name.is_some_and(|name| name.starts_with(PREFIX) && name.ends_with(SUFFIX))
 }

@@ -1,8 +1,12 @@
 //! Answers for in-memory tables.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, cast::AsArray};
@@ -123,4 +127,45 @@ async fn processes_share_a_journal() {
         Some("Something else"),
         "a draft is another row"
     );
+}
+
+#[tokio::test]
+async fn what_others_did_to_a_journal_costs_only_answers() {
+    let (drafts, folder) = (Arc::default(), tempfile::tempdir().unwrap());
+    let journals = || {
+        let files = fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path());
+        files.filter(|path| path.to_string_lossy().contains("answers-")).collect::<Vec<_>>()
+    };
+    let ours = answerer(model(&drafts), Some(folder.path()));
+    assert_eq!(journals(), Vec::<PathBuf>::new(), "a journal begins with an answer");
+    let rows = vec![table(&[Some("a"), Some("b")])];
+    answered(&ours, rows.clone(), &options()).await.unwrap();
+    let journal = journals().pop().unwrap();
+    let lines = fs::read_to_string(&journal).unwrap();
+    let asked = async |what| {
+        let before = drafts.load(Ordering::SeqCst);
+        for process in [&ours, &answerer(model(&drafts), Some(folder.path()))] {
+            answered(process, rows.clone(), &options()).await.expect(what);
+        }
+        drafts.load(Ordering::SeqCst) - before
+    };
+    assert_eq!(asked("untouched").await, 0);
+
+    fs::write(folder.path().join("notes.jsonl"), "a list of things\n").unwrap();
+    fs::create_dir(folder.path().join("answers-old.jsonl")).unwrap();
+    assert_eq!(asked("with foreign files").await, 0);
+
+    // Another process has written a line up to its line break.
+    let other = folder.path().join("answers-other.jsonl");
+    let last = lines.lines().last().unwrap();
+    fs::write(&other, last).unwrap();
+    assert_eq!(asked("with a line in the making").await, 0);
+    fs::write(&other, format!("{last}\n\nno answer\n{{\"id\":\"x\"}}\n{last}\n")).unwrap();
+    assert_eq!(asked("with lines that are no answers").await, 0);
+
+    fs::remove_file(&other).unwrap();
+    fs::remove_file(&journal).unwrap();
+    assert_eq!(asked("with deleted journals").await, 2, "once, by the first process");
+    assert_eq!(journals().len(), 2, "{:?}", journals());
+    assert_eq!(asked("with a new journal").await, 0);
 }
