@@ -242,6 +242,15 @@ try {
   assert.match(await card(page, 3).innerText(), /STAFF ONLY/);
   assert.match(await page.locator("#status").innerText(), /hardened: done, judged safe/);
 
+  say("a photograph, and one that can't be loaded");
+  await example(page, "A photograph");
+  assert.match(await page.locator("#pictures img").getAttribute("src"), /^data:image\/jpeg;/);
+  await page.route("**/photograph.jpg", route => route.fulfill({ status: 502 }));
+  await page.locator("#examples button", { hasText: "A photograph" }).click();
+  await page.locator("#problem", { hasText: "Something went wrong" }).waitFor();
+  assert.equal(await page.locator("#pictures img").count(), 0);
+  await page.unroute("**/photograph.jpg");
+
   say("side by side: what was held back is hidden, and not in the page until somebody asks");
   await example(page, "A sly question");
   await choose(page, "unguarded", "paper", "hardened");

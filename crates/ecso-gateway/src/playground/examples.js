@@ -1,4 +1,4 @@
-// Harmless images to ask about, drawn here in the language of the page.
+// Harmless images to ask about: a photograph, and others that are drawn here in the language of the page.
 
 import { current } from "./words.js";
 
@@ -86,10 +86,15 @@ const DRAW = {
   sly: (pen, lines) => board(pen, "#a63a2b", lines),
 };
 
-export const NAMES = Object.keys(DRAW);
+export const NAMES = ["list", "sign", "document", "photograph", "drawing", "sly"];
 
 /** An example as a file. */
 export async function example(name) {
+  if (name === "photograph") {
+    const photograph = await fetch("/playground/photograph.jpg");
+    if (!photograph.ok) throw new Error(`${photograph.status}`);
+    return new File([await photograph.blob()], "photograph.jpg", { type: "image/jpeg" });
+  }
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [WIDTH, HEIGHT];
   DRAW[name](canvas.getContext("2d"), TEXT[current()][name]);

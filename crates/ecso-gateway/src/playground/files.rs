@@ -9,22 +9,22 @@ use axum::{
 #[derive(Clone, Copy)]
 pub(super) struct File {
     kind: &'static str,
-    text: &'static str,
+    content: &'static [u8],
 }
 
 impl File {
     const fn html(text: &'static str) -> Self {
-        Self { kind: "text/html; charset=utf-8", text }
+        Self { kind: "text/html; charset=utf-8", content: text.as_bytes() }
     }
 
     const fn script(text: &'static str) -> Self {
-        Self { kind: "text/javascript; charset=utf-8", text }
+        Self { kind: "text/javascript; charset=utf-8", content: text.as_bytes() }
     }
 }
 
 impl IntoResponse for File {
     fn into_response(self) -> Response {
-        ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.text).into_response()
+        ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.content).into_response()
     }
 }
 
@@ -47,7 +47,9 @@ pub(super) const OPENED: File = File::html(
 pub(super) const CLOSED: File = File::html(include_str!("closed.html"));
 
 const FILES: &[(&str, File)] = &[
-    ("page.css", File { kind: "text/css; charset=utf-8", text: include_str!("page.css") }),
+    ("page.css", File { kind: "text/css; charset=utf-8", content: include_bytes!("page.css") }),
+    // By Rachel Michetti, CC0.
+    ("photograph.jpg", File { kind: "image/jpeg", content: include_bytes!("photograph.jpg") }),
     ("page.js", File::script(include_str!("page.js"))),
     ("arm.js", File::script(include_str!("arm.js"))),
     ("curve.js", File::script(include_str!("curve.js"))),

@@ -70,7 +70,9 @@ export class Pictures {
       this.#complain(name, values);
       isFine = false;
     };
-    for (const file of await files) {
+    const chosen = await Promise.resolve(files).catch(() => null);
+    if (chosen === null) refuse("failed");
+    for (const file of chosen ?? []) {
       if (this.#pictures.length >= this.#limits.images) {
         refuse("too-many", { most: this.#limits.images });
         break;
