@@ -24,7 +24,8 @@ impl File {
 
 impl IntoResponse for File {
     fn into_response(self) -> Response {
-        ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.content).into_response()
+        ([(header::CONTENT_TYPE, HeaderValue::from_static(self.kind))], self.content)
+            .into_response()
     }
 }
 
