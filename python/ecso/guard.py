@@ -113,7 +113,7 @@ class Guard(_Guard):
 
     `model`: `mini`, another name from `ecso models list`, a .gguf file, or the URL of an OpenAI-compatible server, as for the
     program's `--model`. `profile`: `hardened` (the default), `paper`, or a TOML file. `set`: overrides of profile fields, as
-    `{"direct.max_tokens": 64}`. `api_key`: the key for the server; by default that in the environment variable `api_key_env`.
+    `{"direct.max_tokens": 64}` or `{"direct": {"max_tokens": 64}}`. `api_key`: the key for the server; by default that in the environment variable `api_key_env`.
     `concurrency`: the maximum number of rows of a table in flight (by default 8 for a server, 1 for a model in this process).
     `cache`: a folder for cached replies while tables are answered, as `--cache` of `ecso synth` and `ecso eval run`. Other `settings`
     are those of `config.toml`, as `model_name="NAME"` or `server={"retries": 5}`; they override that file and `ECSO__…` variables.
@@ -257,7 +257,15 @@ def _texts(fields: Optional[Mapping[str, Any]]) -> Optional[dict[str, str]]:
     """Convert fields of a profile to texts, as for `--set`."""
     if fields is None:
         return None
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    return {name: value if isinstance(value, str) else _toml(value) for name, value in fields.items()}
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(str(name))} = {_toml(field)}" for name, field in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _expect(item: object, item_type: type[T]) -> T:

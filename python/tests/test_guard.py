@@ -169,6 +169,8 @@ def test_settings_change_what_is_sent(mock: Mock) -> None:
     assert 7 in (mock.asked[0].get("max_tokens"), mock.asked[0].get("max_completion_tokens"))
     assert mock.keys == {"Bearer secret"}
     assert "secret" not in repr(one)
+    guard(mock, set={"direct": {"max_tokens": 5}, "caption": {"prompt": 'Say "what" it is: {query}'}}).answer("Hello.")
+    assert 5 in (mock.asked[-1].get("max_tokens"), mock.asked[-1].get("max_completion_tokens"))
 
 
 def test_failures_have_kinds(mock: Mock) -> None:

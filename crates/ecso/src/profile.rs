@@ -624,7 +624,9 @@ impl Profile {
             table.insert("name".into(), format!("{}+", self.name).into());
         }
         from_table(table).map_err(|error| {
+            // The place that `toml` names in a line of its own is that of the key.
             let text = error.to_string();
+            let text = text.split("\nin `").next().unwrap_or_default().to_owned();
             let text = if text.starts_with(key) { text } else { format!("{key}: {text}") };
             ProfileError::Invalid(Cause::new(text, error))
         })
