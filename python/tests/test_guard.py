@@ -133,7 +133,8 @@ def test_what_cannot_be_asked(mock: Mock, query: object, images: object, error: 
     ("settings", "says"),
     [
         ({"colour": "blue"}, "colour"),
-        ({"set": {"detect.colour": "blue"}}, "detect"),
+        ({"set": {"detect.colour": "blue"}}, "^detect.colour: unknown field `colour`, expected one of [^:]*$"),
+        ({"set": {"direct": {"max_tokens": "many"}}}, "^direct: invalid type: string \"many\", expected u32$"),
         ({"server": {"retries": "many"}}, "retries"),
         ({"profile": "lenient"}, "lenient"),
         ({"api_key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
@@ -169,7 +170,7 @@ def test_settings_change_what_is_sent(mock: Mock) -> None:
     assert 7 in (mock.asked[0].get("max_tokens"), mock.asked[0].get("max_completion_tokens"))
     assert mock.keys == {"Bearer secret"}
     assert "secret" not in repr(one)
-    guard(mock, set={"direct": {"max_tokens": 5}, "caption": {"prompt": 'Say "what" it is: {query}'}}).answer("Hello.")
+    guard(mock, set={"direct": {"max_tokens": 5}, "caption": {"template": 'Say "what" it is: {query}'}}).answer("Hello.")
     assert 5 in (mock.asked[-1].get("max_tokens"), mock.asked[-1].get("max_completion_tokens"))
 
 

@@ -627,8 +627,11 @@ impl Profile {
             // The place that `toml` names in a line of its own is that of the key.
             let text = error.to_string();
             let text = text.split("\nin `").next().unwrap_or_default().to_owned();
-            let text = if text.starts_with(key) { text } else { format!("{key}: {text}") };
-            ProfileError::Invalid(Cause::new(text, error))
+            ProfileError::invalid(if text.starts_with(key) {
+                text
+            } else {
+                format!("{key}: {text}")
+            })
         })
     }
 
