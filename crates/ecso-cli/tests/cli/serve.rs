@@ -200,51 +200,47 @@ async fn a_failing_upstream_is_an_error_and_leaks_nothing() {
     let upstream = Upstream::start().await;
     let served = Served::start(
         &upstream.url,
-        &["server.retries=0", "server.reply_timeout=2", "gateway.limits.deadline=20"],
+        &["server.retries=0", "server.reply_timeout=2", "gateway.limits.deadline=6"],
         &[],
     );
-    let mut table = Vec::new();
+    let mut cases = Vec::new();
     for fault in [
         "refuse", "hang", "reset", "sse", "cut", "utf8", "429", "500", "json", "endless", "slow",
         "stall",
     ] {
         for step in ["direct", "detect", "caption", "safe"] {
-            for streamed in [false, true] {
-                let got = post(
-                    &served.chat(),
-                    &ask(&format!("{fault}@{step}"), "A bad request", streamed),
-                )
-                .await;
-                let case =
-                    format!("{fault}@{step} streamed {streamed}: {} {}", got.status, got.body);
-                assert!(!got.body.contains(LEAK), "{case}");
-                let outcome = if got.status != 200 {
-                    let error: Value =
-                        serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
-                    assert!(error["error"]["message"].is_string(), "{case}");
-                    format!("{}", got.status)
-                } else if streamed {
-                    let (text, ecso, error) = read_stream(&got.body);
-                    if error.is_none() {
-                        assert_eq!(
-                            (text.as_str(), &ecso["verdict"]),
-                            (SAFE, &json!("unsafe")),
-                            "{case}"
-                        );
-                    } else {
-                        assert!(!got.body.contains("[DONE]"), "{case}");
-                    }
-                    error.map_or("safe answer".to_owned(), |error| {
-                        format!("event {}", error["code"])
-                    })
-                } else {
-                    let answer: Value = serde_json::from_str(&got.body).unwrap();
-                    assert_eq!(answer["choices"][0]["message"]["content"], SAFE, "{case}");
-                    "safe answer".to_owned()
-                };
-                table.push((fault, step, streamed, outcome));
-            }
+            cases.extend([false, true].map(|streamed| (fault, step, streamed)));
         }
+    }
+    let asked = stream::iter(cases).map(|(fault, step, streamed)| {
+        let url = served.chat();
+        async move {
+            let body = ask(&format!("{fault}@{step}"), "A bad request", streamed);
+            (fault, step, streamed, post(&url, &body).await)
+        }
+    });
+    let mut table = Vec::new();
+    for (fault, step, streamed, got) in asked.buffered(16).collect::<Vec<_>>().await {
+        let case = format!("{fault}@{step} streamed {streamed}: {} {}", got.status, got.body);
+        assert!(!got.body.contains(LEAK), "{case}");
+        let outcome = if got.status != 200 {
+            let error: Value = serde_json::from_str(&got.body).unwrap_or_else(|_| panic!("{case}"));
+            assert!(error["error"]["message"].is_string(), "{case}");
+            format!("{}", got.status)
+        } else if streamed {
+            let (text, ecso, error) = read_stream(&got.body);
+            if error.is_none() {
+                assert_eq!((text.as_str(), &ecso["verdict"]), (SAFE, &json!("unsafe")), "{case}");
+            } else {
+                assert!(!got.body.contains("[DONE]"), "{case}");
+            }
+            error.map_or("safe answer".to_owned(), |error| format!("event {}", error["code"]))
+        } else {
+            let answer: Value = serde_json::from_str(&got.body).unwrap();
+            assert_eq!(answer["choices"][0]["message"]["content"], SAFE, "{case}");
+            "safe answer".to_owned()
+        };
+        table.push((fault, step, streamed, outcome));
     }
     let harmless = |fault: &str, step: &str, streamed: bool| match fault {
         "utf8" | "slow" => true,

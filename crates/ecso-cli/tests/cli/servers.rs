@@ -1520,7 +1520,7 @@ async fn an_image_without_a_type_is_not_text() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_request_check_runs_beside_the_draft() {
     const SLOW: Duration = Duration::from_secs(5);
-    for harm in [0.02, 0.99] {
+    let both = [0.02, 0.99].map(|harm| async move {
         let model = Model::start(move |asked| match asked.step {
             "direct" => Reply::says(asked, MILD).after(SLOW),
             "request-check" => Reply::judges(asked, harm),
@@ -1558,5 +1558,6 @@ async fn the_request_check_runs_beside_the_draft() {
                 begun.elapsed()
             );
         }
-    }
+    });
+    futures::future::join_all(both).await;
 }
