@@ -17,6 +17,7 @@ class Core:
     def answer(
         self, messages: list[tuple[str, list[tuple[str, Union[str, bytes]]]]], draft: Optional[str], events: bool
     ) -> Call: ...
+    def check(self, messages: list[tuple[str, list[tuple[str, str | bytes]]]]) -> Call: ...
     def table(
         self,
         tables: object,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional, Union
 
 from .errors import ImageError, InputError
 
@@ -19,9 +19,9 @@ Piece = tuple[str, Union[str, bytes]]
 Turn = tuple[str, list[Piece]]
 """A role and its pieces."""
 
-ImageLike = Union[str, bytes, bytearray, memoryview, "os.PathLike[str]", "PIL.Image.Image", "numpy.ndarray[Any, Any]"]
+ImageLike = Union[str, bytes, bytearray, memoryview, BinaryIO, "os.PathLike[str]", "PIL.Image.Image", "numpy.ndarray[Any, Any]"]
 """A path, a URL, a data URL, the bytes of an encoded image, a Pillow image, or a numpy array. Arrays are height x width (grey), or
-height x width x 3 (RGB) or 4 (RGBA), of `uint8`, or of floats in 0..1."""
+height x width x 3 (RGB) or 4 (RGBA), of `uint8`, or of floats in 0..1. Open files work too."""
 
 Images = Union[ImageLike, Sequence[ImageLike], None]
 """One image, several, or none."""
@@ -40,7 +40,7 @@ def turns(query: Query, images: Images, system: Optional[str]) -> list[Turn]:
         if not query.strip():
             raise InputError("the query is empty")
         conversation: list[Turn] = [("user", [*pieces, ("text", query)])]
-    elif isinstance(query, Mapping) or not isinstance(query, Iterable):
+    elif isinstance(query, (Mapping, bytes, bytearray)) or not isinstance(query, Iterable):
         raise InputError(f"the query must be a text or a list of messages, not {type(query).__name__}")
     else:
         conversation = [turn(message) for message in query]
@@ -79,13 +79,18 @@ def image(source: Any) -> Piece:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "bytes", bytes(source)
     if isinstance(source, os.PathLike):
-        return "path", os.fspath(source)
+        return "path", os.fsdecode(source)
     if isinstance(source, str):
         if source.startswith(("http://", "https://", "data:")):
             return "url", source
         if len(source) > LONGEST_PATH or "://" in source:
             raise ImageError("a text that is an image must be a path, a data URL, or an http or https URL; pass encoded images as bytes")
         return "path", source
+    if callable(getattr(source, "read", None)):
+        content = source.read()
+        if not isinstance(content, bytes):
+            raise ImageError("a file that is an image must be open in binary mode")
+        return "bytes", content
     if callable(getattr(source, "save", None)) and isinstance(getattr(source, "mode", None), str):
         return "bytes", png(source)
     if hasattr(source, "__array_interface__"):
@@ -121,6 +126,9 @@ def png(image: Any) -> bytes:
         raise ImageError(f"images of mode {image.mode} have no defined range of brightness: convert it to L or RGB")
     file = io.BytesIO()
     try:
+        import PIL.ImageOps
+
+        image = PIL.ImageOps.exif_transpose(image)
         (image if image.mode in modes else image.convert("RGB")).save(file, format="PNG")
     except Exception as error:  # Files are decoded only now, each format by its own code.
         raise ImageError(f"Pillow can't read or convert the image: {error}") from error

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
-from .chats import turns
+from .chats import turns, whole
 from .errors import BadReply, InputError
-from .guard import AsyncGuard, Guard
+from .guard import AsyncGuard, Guard, following
 from .results import Outcome
 
 if TYPE_CHECKING:
@@ -32,14 +32,18 @@ def guarded(client: Any, profile: Optional[str] = None, **settings: Any) -> Any:
     `rewritten` and `profile` of each choice. With `stream=True` the whole answer is held back until it is judged, and sent at once.
 
     Everything that could return unjudged contents is refused: tools, audio, log-probabilities, `extra_body`, and all of the client
-    except `chat.completions.create` and `models`. Use `ecso serve` for these. `profile` and `settings` are those of `Guard`.
+    except `chat.completions.create`, `models` and `close`. Use `ecso serve` for these. `profile` and `settings` are those of `Guard`.
     """
     import openai
 
     if not isinstance(client, (openai.OpenAI, openai.AsyncOpenAI)):
         raise TypeError(f"expected an openai.OpenAI or openai.AsyncOpenAI, not {type(client).__name__}")
-    if "model" in settings:
-        raise TypeError("the model is the one that each call of `create` names")
+    if isinstance(client, (openai.AzureOpenAI, openai.AsyncAzureOpenAI)):
+        raise TypeError("clients of Azure have addresses and signatures of their own: use `ecso serve` for them")
+    for name in ("model", "model_name"):
+        if name in settings:
+            raise TypeError("the model is the one that each call of `create` names")
+    Guard(str(client.base_url), profile, **settings)  # Wrong settings are told now.
     kind = _AsyncCompletions if isinstance(client, openai.AsyncOpenAI) else _Completions
     return _Client(client, kind(client, profile, settings))
 
@@ -58,7 +62,10 @@ class _Chat(_GuardedOnly):
 
 class _Client(_GuardedOnly):
     def __init__(self, client: Any, completions: Any) -> None:
-        self.chat, self.models, self.base_url = _Chat(completions), client.models, client.base_url
+        self.chat, self.models, self.base_url, self.close = _Chat(completions), client.models, client.base_url, client.close
+
+    def __repr__(self) -> str:
+        return f"<a guarded client of {self.base_url}>"
 
 
 class _Completions(_GuardedOnly):
@@ -70,23 +77,25 @@ class _Completions(_GuardedOnly):
 
     def create(self, **arguments: Any) -> Any:
         """Like the client's own method, with the restrictions of `guarded`."""
-        guard, request = self._prepare(arguments)
+        guard, request, stream = self._prepare(arguments)
+        guard._check(request["messages"]).next()
         completion = self._client.chat.completions.create(**request)
         outcomes = [guard.review(request["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
-        return _Stream(judged) if arguments.get("stream") else judged
+        return _Stream(judged) if stream else judged
 
-    def _prepare(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the guard for the model, and the arguments to send. These are a copy, so that what is judged is what was sent."""
-        arguments = {name: value for name, value in arguments.items() if not _is_absent(value)}
-        other = sorted(arguments.keys() - ALLOWED)
+    def _prepare(self, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
+        """Return the guard for the model, the arguments to send, and whether to stream."""
+        request = {name: value for name, value in arguments.items() if not _is_absent(value)}
+        other = sorted(request.keys() - ALLOWED)
         if other:
             raise InputError(f"these arguments can't be guarded: {', '.join(other)}; use `ecso serve`, which guards more")
-        model = arguments.get("model")
-        if not isinstance(model, str) or not isinstance(arguments.get("messages"), (list, tuple)):
+        model, messages = request.get("model"), request.get("messages")
+        if not isinstance(model, str) or not isinstance(messages, (list, tuple)):
             raise InputError("pass `model` and a list of `messages`")
-        request = {name: copy.deepcopy(value) for name, value in arguments.items() if name != "stream"}
-        _check(request["messages"])  # Requests that can't be judged are not sent.
+        stream = bool(request.pop("stream", False))
+        request["messages"] = _plain(messages)
+        _check(request["messages"])
         key = self._settings.get("api_key") or self._client.api_key
         if not key:
             # Without one, the guard would send this server the key of the environment.
@@ -94,7 +103,22 @@ class _Completions(_GuardedOnly):
         if (model, key) not in self._guards:
             settings = {**self._settings, "api_key": key}
             self._guards[model, key] = self.kind(str(self._client.base_url), self._profile, **{"model_name": model, **settings})
-        return self._guards[model, key], request
+        return self._guards[model, key], request, stream
+
+
+def _plain(messages: Any) -> Any:
+    """Copy messages to plain lists, dictionaries and texts, so that what is judged is what is sent."""
+
+    def fields(value: Any) -> Any:
+        dump = getattr(value, "model_dump", None)
+        if not callable(dump):
+            raise TypeError(f"a {type(value).__name__} has no place in a message")
+        return dump(exclude_none=True)
+
+    try:
+        return json.loads(json.dumps(messages, default=fields))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the messages can't be sent as JSON: {error}") from error
 
 
 def _check(messages: Any) -> None:
@@ -104,12 +128,15 @@ def _check(messages: Any) -> None:
             if kind == "url" and not str(value).startswith("data:"):
                 raise InputError("pass a data URL: the image at a URL may differ between the model's fetch and the guard's")
     for message in messages:
-        parts = message["content"] if isinstance(message["content"], (list, tuple)) else ()
+        parts = message["content"] if isinstance(message["content"], list) else ()
         other = _fields(message) - {"role", "content"}
         for part in parts:
-            other |= _fields(part) - {"type", "text" if part["type"] in ("text", "input_text") else "image_url"}
+            name = "text" if part["type"] in ("text", "input_text") else "image_url"
+            other |= _fields(part) - {"type", name}
+            if isinstance(part.get("image_url"), dict):
+                other |= _fields(part["image_url"]) - {"url", "detail"}
         if other:
-            raise InputError(f"these fields of a message can't be judged: {', '.join(sorted(map(str, other)))}")
+            raise InputError(f"these fields of a message can't be judged: {', '.join(sorted(other))}")
 
 
 def _is_absent(value: Any) -> bool:
@@ -117,7 +144,7 @@ def _is_absent(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NotGiven", "Omit")
 
 
-def _fields(value: Mapping[str, Any]) -> set[str]:
+def _fields(value: dict[str, Any]) -> set[str]:
     return {name for name, field in value.items() if field is not None}
 
 
@@ -126,27 +153,34 @@ class _AsyncCompletions(_Completions):
 
     async def create(self, **arguments: Any) -> Any:
         """Like the client's own method, with the restrictions of `guarded`."""
-        guard, request = self._prepare(arguments)
+        guard, request, stream = self._prepare(arguments)
+        await following(guard._check(request["messages"]))
         completion = await self._client.chat.completions.create(**request)
         outcomes = [await guard.review(request["messages"], draft=draft) for draft in _drafts(completion)]
         judged = _judged(completion, outcomes)
-        return _AsyncStream(judged) if arguments.get("stream") else judged
+        return _AsyncStream(judged) if stream else judged
 
 
 def _drafts(completion: ChatCompletion) -> list[str]:
     """Return the texts of all choices. Other contents are an error."""
-    drafts = []
-    for choice in completion.choices or ():
-        message = choice.message
-        if message.tool_calls or message.function_call or message.audio:
-            raise InputError("the answer has more than text, which can't be judged; use `ecso serve`, which guards more")
-        text = message.content if message.content is not None else message.refusal or ""
-        if not isinstance(text, str):
-            raise BadReply(f"the content of the answer is a {type(text).__name__}, not a text")
-        drafts.append(text)
-    if not drafts:
-        raise BadReply("the reply has no choices")
-    return drafts
+    choices = getattr(completion, "choices", None)
+    if not isinstance(choices, list) or not choices:
+        error = getattr(completion, "error", None)
+        raise BadReply(f"the reply has no choices{f', but an error: {error}' if error else ''}")
+    return [_draft(choice) for choice in choices]
+
+
+def _draft(choice: Any) -> str:
+    message = getattr(choice, "message", None)
+    if message is None:
+        raise BadReply("a choice of the reply has no message")
+    if any(getattr(message, name, None) for name in ("tool_calls", "function_call", "audio")):
+        raise InputError("the answer has more than text, which can't be judged; use `ecso serve`, which guards more")
+    text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
+    try:
+        return whole(text)
+    except InputError as error:
+        raise BadReply(f"the answer is not a text: {error}") from error
 
 
 def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompletion:
@@ -157,27 +191,26 @@ def _judged(completion: ChatCompletion, outcomes: list[Outcome]) -> ChatCompleti
 
     choices = [
         Choice(
-            index=choice.index,
+            index=index,
             message=ChatCompletionMessage(role="assistant", content=outcome.answer),
             finish_reason=choice.finish_reason if choice.finish_reason in CUT and not outcome.rewritten else "stop",
         )
-        for choice, outcome in zip(completion.choices, outcomes)
+        for index, (choice, outcome) in enumerate(zip(completion.choices, outcomes))
     ]
     reports: list[Mapping[str, Any]] = [
         {"verdict": outcome.verdict, "score": outcome.score, "rewritten": outcome.rewritten, "profile": outcome.profile}
         for outcome in outcomes
     ]
-    usage = completion.usage
+    counts = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    has_counts = all(isinstance(count, int) for count in counts.values())
+    created = completion.created
     judged = ChatCompletion(
-        id=completion.id,
+        id=str(completion.id or ""),
         object="chat.completion",
-        created=completion.created or int(time.time()),
-        model=completion.model,
+        created=created if isinstance(created, int) else int(time.time()),
+        model=str(completion.model or ""),
         choices=choices,
-        usage=usage
-        and CompletionUsage(
-            prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
-        ),
+        usage=CompletionUsage.model_validate(counts) if has_counts else None,
     )
     return judged.model_copy(update={"ecso": reports})
 

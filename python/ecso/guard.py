@@ -13,7 +13,7 @@ from typing import Any, Optional, Protocol, TypeVar, Union
 from . import results
 from ._ecso import Call, Core, Table
 from .chats import Images, Query, turns, whole
-from .errors import EcsoError
+from .errors import EcsoError, SettingsError
 from .results import Event, Outcome
 
 
@@ -29,8 +29,8 @@ class ArrowStream(Protocol):
     def __arrow_c_stream__(self, requested_schema: Optional[object] = None, /) -> object: ...
 
 
-_LOGIN = re.compile(r"//[^/@\s'\"]*@")
-"""A login in a URL."""
+LARGEST = 1 << 40
+"""The largest number that an argument may be."""
 
 T = TypeVar("T")
 Path = Union[str, "os.PathLike[str]"]
@@ -60,9 +60,13 @@ class _Guard:
                 **settings,
             }
         )
-        if concurrency is not None and concurrency < 1:
-            raise ValueError("concurrency must be at least 1")
-        self._core = Core(json.dumps(settings_given, default=os.fspath), api_key, concurrency, cache)
+        if concurrency is not None and not 1 <= concurrency <= LARGEST:
+            raise ValueError(f"concurrency must be in 1..{LARGEST}")
+        if api_key is not None and not isinstance(api_key, str):
+            raise TypeError(f"api_key must be a str, not {type(api_key).__name__}")
+        if api_key is not None and not api_key.isprintable():
+            raise SettingsError("api_key has a line break or another character that no key has")
+        self._core = Core(json.dumps(settings_given, default=_path), api_key, concurrency, cache)
 
     @property
     def profile(self) -> str:
@@ -79,8 +83,11 @@ class _Guard:
 
     def __repr__(self) -> str:
         shown = {name: value for name, value in self._arguments.items() if value is not None and name != "api_key"}
-        arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items())
-        return f"{type(self).__name__}({_LOGIN.sub('//***@', arguments)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={_public(value)!r}' for name, value in shown.items())})"
+
+    def _check(self, query: Query, images: Images = None) -> Call:
+        """Check that a conversation can be judged. For `guarded`."""
+        return self._core.check(turns(query, images, None))
 
     def _start(self, query: Query, images: Images, system: Optional[str], draft: Optional[str], events: bool = False) -> Call:
         return self._core.answer(turns(query, images, system), None if draft is None else whole(draft), events)
@@ -97,6 +104,10 @@ class _Guard:
     ) -> Call:
         if not 0.0 <= max_failures <= 1.0:
             raise ValueError("max_failures must be in 0..1")
+        if not 0 <= image_bytes <= LARGEST:
+            raise ValueError(f"image_bytes must be in 0..{LARGEST}")
+        if map is not None and not isinstance(map, Mapping):
+            raise TypeError(f"map must be a dictionary of fields and columns, not {type(map).__name__}")
         return self._core.table(
             batch,
             map=list((map or {}).items()),
@@ -113,8 +124,9 @@ class Guard(_Guard):
 
     `model`: `mini`, another name from `ecso models list`, a .gguf file, or the URL of an OpenAI-compatible server, as for the
     program's `--model`. `profile`: `hardened` (the default), `paper`, or a TOML file. `set`: overrides of profile fields, as
-    `{"direct.max_tokens": 64}` or `{"direct": {"max_tokens": 64}}`. `api_key`: the key for the server; by default that in the environment variable `api_key_env`.
-    `concurrency`: the maximum number of rows of a table in flight (by default 8 for a server, 1 for a model in this process).
+    `{"direct.max_tokens": 64}` or `{"direct": {"max_tokens": 64}}`. `api_key`: the key that the server is sent; by default that in
+    `OPENAI_API_KEY`, or in the environment variable that the setting `api_key_env` names. `concurrency`: the maximum number of rows of
+    a table in flight (by default 8 for a server, 1 for a model in this process).
     `cache`: a folder for cached replies while tables are answered, as `--cache` of `ecso synth` and `ecso eval run`. Other `settings`
     are those of `config.toml`, as `model_name="NAME"` or `server={"retries": 5}`; they override that file and `ECSO__…` variables.
 
@@ -133,7 +145,7 @@ class Guard(_Guard):
 
     def review(self, query: Query, images: Images = None, *, draft: str, system: Optional[str] = None) -> Outcome:
         """Like `answer`, with the direct answer given as `draft`. Raises the same."""
-        return _outcome(self._start(query, images, system, draft).next())
+        return _outcome(self._start(query, images, system, _given(draft)).next())
 
     def stream(
         self, query: Query, images: Images = None, *, draft: Optional[str] = None, system: Optional[str] = None
@@ -186,11 +198,11 @@ class AsyncGuard(_Guard):
 
     async def answer(self, query: Query, images: Images = None, *, system: Optional[str] = None) -> Outcome:
         """See `Guard.answer`."""
-        return _outcome(await _next(self._start(query, images, system, None)))
+        return _outcome(await following(self._start(query, images, system, None)))
 
     async def review(self, query: Query, images: Images = None, *, draft: str, system: Optional[str] = None) -> Outcome:
         """See `Guard.review`."""
-        return _outcome(await _next(self._start(query, images, system, draft)))
+        return _outcome(await following(self._start(query, images, system, _given(draft))))
 
     async def stream(
         self, query: Query, images: Images = None, *, draft: Optional[str] = None, system: Optional[str] = None
@@ -199,7 +211,7 @@ class AsyncGuard(_Guard):
         call = self._start(query, images, system, draft, events=True)
         try:
             while True:
-                event = _event(await _next(call))
+                event = _event(await following(call))
                 yield event
                 if isinstance(event, results.Done):
                     return
@@ -220,10 +232,10 @@ class AsyncGuard(_Guard):
         """See `Guard.process_batch`."""
         # In a thread, as the table may be the result of a query that runs only now.
         call = await asyncio.to_thread(self._start_table, batch, map, query, prefix, journal, image_bytes, max_failures)
-        return _expect(await _next(call), Table)
+        return _expect(await following(call), Table)
 
 
-async def _next(call: Call) -> Any:
+async def following(call: Call) -> Any:
     """Await the next item of a call."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Any] = loop.create_future()
@@ -245,7 +257,11 @@ async def _next(call: Call) -> Any:
 
 
 def _absolute(path: Optional[Path]) -> Optional[str]:
-    return None if path is None else os.path.abspath(path)
+    if path is None:
+        return None
+    if not os.fspath(path):
+        raise ValueError("the path of a folder is empty")
+    return os.path.abspath(os.fsdecode(path))
 
 
 def _create(guard_type: type[_Guard], arguments: dict[str, Any]) -> _Guard:
@@ -257,6 +273,8 @@ def _texts(fields: Optional[Mapping[str, Any]]) -> Optional[dict[str, str]]:
     """Convert fields of a profile to texts, as for `--set`."""
     if fields is None:
         return None
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"set must be a dictionary of profile fields, not {type(fields).__name__}")
     return {name: value if isinstance(value, str) else _toml(value) for name, value in fields.items()}
 
 
@@ -265,7 +283,34 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{_toml(str(name))} = {_toml(field)}" for name, field in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    if value is None:
+        raise TypeError("None is not the value of a field: leave the field out")
     return json.dumps(value, ensure_ascii=False)
+
+
+def _given(draft: Any) -> str:
+    """Check that there is a draft. Without one the model would be asked for another."""
+    if not isinstance(draft, str):
+        raise TypeError(f"draft must be a str, not {type(draft).__name__}")
+    return draft
+
+
+def _path(value: Any) -> str:
+    """Convert a setting that is no value of JSON."""
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    raise TypeError(f"a setting can't be a {type(value).__name__}")
+
+
+def _public(value: Any) -> Any:
+    """A setting without the logins and queries of its URLs."""
+    if isinstance(value, str) and "://" in value:
+        return re.sub(r"\?.*", "?***", re.sub(r"//.*@", "//***@", value, flags=re.DOTALL), flags=re.DOTALL)
+    if isinstance(value, Mapping):
+        return {name: _public(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_public(inner) for inner in value]
+    return value
 
 
 def _expect(item: object, item_type: type[T]) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
 Verdict = Literal["safe", "unsafe", "unchecked"]
@@ -15,14 +15,14 @@ class Step:
     """One call to the model.
 
     `step`: `request-check`, `direct`, `detect`, `caption`, `safe` or `reply-check`. `images`: the number of images the model saw.
-    `prompt`, `reply`: the full texts. `score`: probability of harm in 0..1, for questions, if the model returns probabilities.
+    `prompt`, `reply`: the full texts, which `repr` leaves out. `score`: probability of harm in 0..1, for questions, if the model returns probabilities.
     `ms`: wall-clock milliseconds. `prompt_tokens`, `completion_tokens`: token counts, if the model reports usage.
     """
 
     step: str
     images: int
-    prompt: str
-    reply: str
+    prompt: str = field(repr=False)
+    reply: str = field(repr=False)
     ms: int
     finish: str
     verdict: Optional[Verdict] = None
@@ -49,7 +49,7 @@ class Outcome:
     refused: bool
     profile: str
     model: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = field(repr=False)
 
     @property
     def tokens(self) -> int:

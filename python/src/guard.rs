@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, PoisonError},
 };
 
-use ecso::{Event, Guard, Mllm};
+use ecso::{Event, Guard, Mllm, error_chain};
 use ecso_cli::library::{BatchModel, Setup};
 use ecso_data::{
     answers::{AnswersError, TableAnswerer, TableOptions},
@@ -95,7 +95,9 @@ impl OpenGuard {
             self.setup.limits(),
             journal.as_deref(),
         );
-        let answerer = Arc::new(answerer.map_err(AnswersError::from)?);
+        let answerer =
+            answerer.map_err(|error| Failure::settings(error_chain(&AnswersError::from(error))))?;
+        let answerer = Arc::new(answerer);
         answerers.insert(journal, Arc::clone(&answerer));
         Ok(answerer)
     }
@@ -186,6 +188,12 @@ impl Core {
     ) -> PyResult<Call> {
         let guard = self.open().map_err(|failure| failure.into_exception(py))?;
         Call::start(|sender| answer(guard, messages, draft, events, sender))
+    }
+
+    /// Reads the images of a conversation, and so checks that it could be judged. There is no item.
+    fn check(&self, py: Python<'_>, messages: Messages) -> PyResult<Call> {
+        let guard = self.open().map_err(|failure| failure.into_exception(py))?;
+        Call::start(|_| async move { guard.images.chat(messages).await.map(drop) })
     }
 
     /// Answers all rows of a table. The item is a [`Table`].

@@ -10,7 +10,7 @@ use arrow_array::{
 use arrow_pyarrow::FromPyArrow;
 use arrow_schema::{ArrowError, Schema, SchemaRef};
 use pyo3::{
-    exceptions::{PyTypeError, PyValueError},
+    exceptions::{PyKeyboardInterrupt, PyTypeError, PyValueError},
     prelude::*,
     types::PyCapsule,
 };
@@ -59,7 +59,12 @@ fn validated(batch: RecordBatch) -> PyResult<RecordBatch> {
 
 #[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn value_error(error: ArrowError) -> PyErr {
-    PyValueError::new_err(error.to_string())
+    let text = error.to_string();
+    // The producer of a stream got Ctrl-C, and could only report a text.
+    if text.contains("KeyboardInterrupt") {
+        return PyKeyboardInterrupt::new_err(());
+    }
+    PyValueError::new_err(text)
 }
 
 /// A table with answers. It implements Arrow's `PyCapsule` interface, so that `pyarrow.table(it)`,

@@ -46,6 +46,8 @@ class Mock:
         # What answers end with, and what else their usage has.
         self.finish = "stop"
         self.more_usage: dict[str, Any] = {}
+        # Fields of the completions that answer, which are not checks.
+        self.changes: dict[str, Any] = {}
         self.lock = threading.Lock()
         self.url = ""
 
@@ -106,6 +108,8 @@ def mock() -> Iterator[Mock]:
             choice = {"index": 0, "message": message, "finish_reason": mock.finish}
             usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12, **mock.more_usage}
             if not body.get("stream"):
+                is_check = "Is the RESPONSE harmful" in text_of(body["messages"][-1])
+                changes = {} if is_check else mock.changes
                 return self.send(
                     200,
                     {
@@ -115,7 +119,8 @@ def mock() -> Iterator[Mock]:
                         "model": "toy",
                         "choices": [choice],
                         "usage": usage,
-                    },
+                    }
+                    | changes,
                 )
             begin = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "toy"}
             chunks = [

@@ -86,8 +86,56 @@ def test_what_is_not_given_is_not_refused(mock: Mock, picture: bytes) -> None:
 
 
 def test_the_model_is_named_by_each_call(mock: Mock) -> None:
-    with pytest.raises(TypeError, match="each call"):
-        ecso.guarded(openai.OpenAI(base_url=mock.url, api_key="k"), model="x")
+    raw = openai.OpenAI(base_url=mock.url, api_key="k")
+    for name in ("model", "model_name"):
+        with pytest.raises(TypeError, match="each call"):
+            ecso.guarded(raw, **{name: "x"})
+    with pytest.raises(ecso.SettingsError, match="scop"):
+        ecso.guarded(raw, set={"scop": "all"})
+    with pytest.raises(TypeError, match="Azure"):
+        ecso.guarded(openai.AzureOpenAI(base_url=mock.url, api_key="k", api_version="1"))
+
+
+def test_replies_that_are_none(mock: Mock, picture: bytes) -> None:
+    asked = messages(picture, "What?")
+    for change, says in [
+        ({"choices": None}, "no choices"),
+        ({"choices": [], "error": {"message": "too busy"}}, "too busy"),
+        ({"choices": [None]}, "no message"),
+        ({"choices": [{"index": 0}]}, "no message"),
+        ({"choices": [{"index": 0, "message": {"role": "assistant", "content": "\ud800"}}]}, "not a text"),
+    ]:
+        mock.changes = change
+        with pytest.raises(ecso.BadReply, match=says):
+            client(mock).chat.completions.create(model="toy", messages=asked)
+    mock.changes = {"id": None, "model": None, "created": 1.5, "usage": {"prompt_tokens": 1}}
+    answer = client(mock).chat.completions.create(model="toy", messages=asked)
+    assert answer.choices[0].message.content == "A list of things: What?" and answer.usage is None
+
+
+def test_what_is_sent_is_plain(mock: Mock, picture: bytes) -> None:
+    one = client(mock)
+
+    class Sly(list[Any]):
+        def __deepcopy__(self, _: object) -> Any:
+            return self
+
+        def __iter__(self) -> Any:
+            return iter(messages(picture, "Something else.") if mock.asked else list.__iter__(self))
+
+    rude = Sly(messages(picture, "Be rude."))
+    assert one.chat.completions.create(model="toy", messages=rude).ecso[0]["verdict"] == "unsafe"
+    mock.asked = []
+    first = one.chat.completions.create(model="toy", messages=messages(picture, "What?")).choices[0].message
+    again = one.chat.completions.create(model="toy", messages=[*messages(picture, "What?"), first, {"role": "user", "content": "And?"}])
+    assert again.ecso[0]["verdict"] == "safe"
+    mock.asked = []
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    odd = {"type": "image_url", "image_url": {"url": data_url(picture), "other": "x"}}
+    for part, error in [(broken, ecso.ImageError), (odd, ecso.InputError)]:
+        with pytest.raises(error):
+            one.chat.completions.create(model="toy", messages=[{"role": "user", "content": [part]}])
+    assert not mock.asked
 
 
 def test_only_counts_of_the_usage_are_kept(mock: Mock, picture: bytes) -> None:

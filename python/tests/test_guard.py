@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ecso
@@ -19,6 +20,8 @@ import numpy
 import PIL.Image
 import pytest
 from conftest import PICTURE, Mock, data_url, images_of
+
+from ecso import chats
 
 
 def guard(mock: Mock, **settings: object) -> ecso.Guard:
@@ -145,9 +148,42 @@ def test_settings_are_those_of_the_program(mock: Mock, settings: dict[str, objec
         ecso.Guard(mock.url, **{"profile": "paper", **settings})  # type: ignore[arg-type]
 
 
-def test_a_login_is_not_shown(mock: Mock) -> None:
-    shown = repr(guard(mock)) + repr(ecso.Guard("http://me:pass-word@localhost:1/v1", "paper"))
-    assert "pass-word" not in shown and "//***@localhost" in shown and mock.url in shown
+@pytest.mark.parametrize("login", ["me:secret", "me:se'cr@secret", "me:se secret"])
+def test_a_login_is_not_shown(mock: Mock, login: str) -> None:
+    shown = repr(ecso.Guard(f"http://{login}@localhost:1/v1?key=secret", "paper", server={"proxy": f"http://{login}@there"}))
+    assert "secret" not in shown and "//***@localhost" in shown and "//***@there" in shown
+    assert mock.url in repr(guard(mock))
+    with pytest.raises(ecso.EcsoError) as unknown:
+        ecso.Guard(f"{login}@localhost/v1", "paper").answer("What?")
+    assert "secret" not in str(unknown.value)
+
+
+def test_texts_are_not_shown_by_a_repr(mock: Mock) -> None:
+    for event in guard(mock).stream("What is on it?", PICTURE):
+        assert isinstance(event, ecso.Answer) or "What is on it?" not in repr(event).replace("A list of things: What is on it?", "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        (lambda: ecso.Guard("http://a/v1", scope="all"), ecso.SettingsError, "pass it in `set`"),
+        (lambda: ecso.Guard("http://a/v1", api_key=b"k"), TypeError, "not bytes"),
+        (lambda: ecso.Guard("http://a/v1", api_key="k\n"), ecso.SettingsError, "line break"),
+        (lambda: ecso.Guard("http://a/v1", set=["a=b"]), TypeError, "dictionary"),
+        (lambda: ecso.Guard("http://a/v1", set={"threshold": None}), TypeError, "leave the field out"),
+        (lambda: ecso.Guard("http://a/v1", concurrency=2**64), ValueError, "concurrency"),
+        (lambda: ecso.Guard(b"http://a/v1"), TypeError, "bytes"),
+        (lambda: ecso.Guard("http://a/v1", "/dev/zero"), ecso.SettingsError, "/dev/zero"),
+        (lambda: ecso.Guard("http://a/v1").answer(b"What?"), ecso.InputError, "not bytes"),
+        (lambda: ecso.Guard("http://a/v1").review("What?", PICTURE, draft=None), TypeError, "NoneType"),
+        (lambda: ecso.Guard("http://a/v1").process_batch(None, image_bytes=-1), ValueError, "image_bytes"),
+        (lambda: ecso.Guard("http://a/v1").process_batch(None, map=[]), TypeError, "dictionary"),
+        (lambda: ecso.Guard("http://a/v1").process_batch(None, journal=""), ValueError, "empty"),
+    ],
+)
+def test_wrong_arguments(wrong: Callable[[], object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        wrong()
 
 
 def test_pictures_that_cannot_be_read(mock: Mock, picture: bytes) -> None:
@@ -155,6 +191,15 @@ def test_pictures_that_cannot_be_read(mock: Mock, picture: bytes) -> None:
     for image in (cut, numpy.zeros((0, 5, 3), numpy.uint8)):
         with pytest.raises(ecso.ImageError):
             guard(mock).answer("What?", image)
+    turned = PIL.Image.new("RGB", (9, 5))
+    turned.getexif()[0x0112] = 6
+    sent = io.BytesIO()
+    turned.save(sent, format="JPEG", exif=turned.getexif())
+    with PIL.Image.open(io.BytesIO(chats.image(PIL.Image.open(sent))[1])) as upright:
+        assert upright.size == (5, 9)
+    with pytest.raises(ecso.ImageError, match="binary"):
+        guard(mock).answer("What?", io.StringIO("text"))  # type: ignore[arg-type]
+    assert chats.image(io.BytesIO(picture)) == ("bytes", picture)
     with pytest.raises(ecso.ImageError, match="image 2 of 2"):
         guard(mock).answer("What?", [PICTURE, b"none"])
     for query, system, draft in [("What \ud800?", None, ""), ("What?", "\ud800", ""), ("What?", None, "\ud800")]:

@@ -223,6 +223,32 @@ def test_a_full_disk_costs_no_journal(mock: Mock, tmp_path: Path) -> None:
     assert len(mock.asked) == asked
 
 
+def test_ctrl_c_while_a_table_is_made(mock: Mock) -> None:
+    schema = rows(1).schema
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        guard(mock).process_batch(pa.RecordBatchReader.from_batches(schema, batches()))
+
+
+def test_a_journal_that_is_a_file_is_a_wrong_setting(mock: Mock) -> None:
+    with pytest.raises(ecso.SettingsError, match="the journal can't be used"):
+        guard(mock).process_batch(rows(1), journal=PICTURE)
+
+
+def test_images_in_odd_columns_are_seen(mock: Mock) -> None:
+    avif, pdf = b"\0\0\0\x20ftypavif" + bytes(40), b"%PDF-1.7\n" + bytes(40)
+    numbers = pa.UnionArray.from_sparse(pa.array([1], pa.int8()), [pa.array([1]), pa.array([dot(1)])])
+    mapped = pa.array([[(dot(1), "x")]], pa.map_(pa.binary(), pa.string()))
+    for odd in [pa.array([avif]), pa.array([pdf]), pa.array([b"II*\0" + bytes(9)]), numbers, mapped]:
+        table = pa.Table.from_arrays([pa.array(["What?"]), odd], names=["query", "detail"])
+        assert pa.table(guard(mock).process_batch(table))["error_kind"].to_pylist() == ["input"], odd.type
+    assert not mock.asked
+
+
 def test_a_journal_stays_where_it_is(mock: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = guard(mock, cache="cache")
     one.process_batch(rows(1), journal="journal")

@@ -40,7 +40,9 @@ impl Setup {
     /// # Errors
     /// A setting or the profile is wrong.
     pub fn new(arguments: toml::Table, api_key: Option<SecretString>) -> anyhow::Result<Self> {
-        let settings = settings::load_library(arguments, api_key)?;
+        let names: Vec<String> = arguments.keys().cloned().collect();
+        let settings = settings::load_library(arguments, api_key);
+        let settings = settings.map_err(|error| of_profile(&names, error))?;
         let profile = profiles::load(&settings)?;
         Ok(Self { settings, profile })
     }
@@ -98,6 +100,22 @@ impl Setup {
         cache: Option<PathBuf>,
     ) -> anyhow::Result<BatchModel> {
         Ok(BatchModel(Worker::with_model(model, &self.settings, concurrency, cache).await?))
+    }
+}
+
+/// The error of a wrong setting, which says so if its name is that of a field of the profile.
+fn of_profile(names: &[String], error: anyhow::Error) -> anyhow::Error {
+    let fields = Profile::hardened().to_toml().parse::<toml::Table>().unwrap_or_default();
+    let text = error.to_string();
+    let is_meant = |name: &&String| {
+        fields.contains_key(name.as_str()) && text.contains(&format!("unknown field `{name}`"))
+    };
+    match names.iter().find(is_meant) {
+        Some(name) => UsageError(format!(
+            "`{name}` is a field of the profile, not a setting: pass it in `set`"
+        ))
+        .into(),
+        None => error,
     }
 }
 

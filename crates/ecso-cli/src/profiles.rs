@@ -1,6 +1,10 @@
 //! From settings to the profile that guards.
 
-use std::path::Path;
+use std::{
+    fs,
+    io::{self, Read},
+    path::Path,
+};
 
 use ecso::{Profile, ProfileError};
 use ecso_gateway::{Fitted, Profiles};
@@ -103,6 +107,16 @@ pub(crate) fn calibration_curve(
     calibration::curve(settings).map(Some)
 }
 
+/// The text of a file, which may be a pipe but not endless.
+fn read(path: &Path) -> io::Result<String> {
+    const MAX: u64 = 16 << 20;
+    let mut text = String::new();
+    if fs::File::open(path)?.take(MAX).read_to_string(&mut text)? as u64 == MAX {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    Ok(text)
+}
+
 fn by_name(name: &str) -> anyhow::Result<Profile> {
     let path = Path::new(name);
     let is_file =
@@ -110,8 +124,7 @@ fn by_name(name: &str) -> anyhow::Result<Profile> {
     if !is_file {
         return Ok(Profile::named(name)?);
     }
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| UsageError(format!("profile {name}: {error}")))?;
+    let text = read(path).map_err(|error| UsageError(format!("profile {name}: {error}")))?;
     let profile = Profile::from_toml(&text);
     let mut profile = profile.map_err(|error| UsageError(format!("profile {name}: {error}")))?;
     // Only a built-in profile has its name.

@@ -323,5 +323,6 @@ pub(crate) fn is_url(name: &str) -> bool {
     let has_port = host.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty() && !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit())
     });
-    name.contains("://") || has_port
+    let has_login = host.contains(':') && host.contains('@');
+    name.contains("://") || has_port || has_login
 }

@@ -8,7 +8,7 @@ mod reader;
 use std::{
     collections::HashMap,
     fs::{self, File, OpenOptions, TryLockError},
-    io::{Seek, SeekFrom, Write},
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -285,9 +285,9 @@ impl Journal {
     /// Removes what follows the last complete line.
     fn repair(&mut self) -> Result<(), JournalError> {
         if self.is_torn {
-            self.file
-                .set_len(self.end)
-                .and_then(|()| self.file.seek(SeekFrom::Start(self.end)))
+            let length = self.file.metadata().map(|file| file.len());
+            length
+                .and_then(|length| self.file.set_len(length.min(self.end)))
                 .map_err(|source| file_error(&self.path, source))?;
             self.is_torn = false;
         }
@@ -297,7 +297,7 @@ impl Journal {
 
 /// Opens the file for writing, and locks it for this process.
 fn open_locked(path: &Path) -> Result<File, JournalError> {
-    let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path);
+    let open = OpenOptions::new().create(true).read(true).append(true).open(path);
     let file = open.map_err(|source| file_error(path, source))?;
     check_is_regular(path, file.metadata())?;
     match file.try_lock() {

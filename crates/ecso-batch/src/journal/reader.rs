@@ -55,9 +55,11 @@ impl JournalReader {
     /// The lines after the header, if there is one.
     fn entry_lines(&self) -> Result<Lines<File>, JournalError> {
         let mut lines = self.lines()?;
-        match lines.next::<FirstLine>()? {
-            Some(FirstLine { id: Some(_) }) => self.lines(),
-            _ => Ok(lines),
+        match lines.next::<FirstLine>() {
+            Ok(None | Some(FirstLine { id: None })) => Ok(lines),
+            // A line that can't be parsed is an error when the entries are read.
+            Ok(Some(FirstLine { id: Some(_) })) | Err(JournalError::Line { .. }) => self.lines(),
+            Err(error) => Err(error),
         }
     }
 

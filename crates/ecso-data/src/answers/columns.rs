@@ -41,7 +41,25 @@ pub(super) fn with_answers(
     Ok(Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), metadata)))
 }
 
-/// Appends the answers to the tables.
+/// Most bytes in a column of texts: offsets have 31 bits.
+const MAX_BYTES: usize = i32::MAX as usize;
+
+/// How many of the answers fit one table, whose columns of texts have at most `most` bytes each.
+fn fitting(answers: &[Option<Answer>], most: usize) -> usize {
+    let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+    let mut lengths = [0_usize; 3];
+    let fits = |answer: &&Option<Answer>| {
+        let Some(answer) = answer else { return true };
+        let texts = [&answer.answer, &answer.caption, &answer.error];
+        lengths.iter_mut().zip(texts).all(|(sum, text)| {
+            *sum += length(text);
+            *sum <= most
+        })
+    };
+    answers.iter().take_while(fits).count().max(1)
+}
+
+/// Appends the answers to the tables. A table whose answers don't fit is split.
 pub(super) fn append(
     new_schema: &SchemaRef,
     tables: &[RecordBatch],
@@ -50,15 +68,23 @@ pub(super) fn append(
     let mut rest = answers;
     let mut appended = Vec::with_capacity(tables.len());
     for table in tables {
-        let (these, others) = rest.split_at(table.num_rows());
+        let (mut these, others) = rest.split_at(table.num_rows());
         rest = others;
-        let columns = table.columns().iter().cloned().chain(arrays(these)).collect();
-        let options = RecordBatchOptions::new().with_row_count(Some(table.num_rows()));
-        appended.push(RecordBatch::try_new_with_options(
-            Arc::clone(new_schema),
-            columns,
-            &options,
-        )?);
+        loop {
+            let (now, later) = these.split_at(fitting(these, MAX_BYTES).min(these.len()));
+            let table = table.slice(table.num_rows() - these.len(), now.len());
+            let columns = table.columns().iter().cloned().chain(arrays(now)).collect();
+            let options = RecordBatchOptions::new().with_row_count(Some(now.len()));
+            appended.push(RecordBatch::try_new_with_options(
+                Arc::clone(new_schema),
+                columns,
+                &options,
+            )?);
+            these = later;
+            if these.is_empty() {
+                break;
+            }
+        }
     }
     Ok(appended)
 }
@@ -89,4 +115,17 @@ fn arrays(answers: &[Option<Answer>]) -> [ArrayRef; 8] {
         texts(answers, |answer| answer.error.as_deref()),
         texts(answers, |answer| answer.error_kind.map(ErrorKind::word)),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_fit_no_column_are_split() {
+        let answer = |text: &str| Some(Answer::failure(String::new(), ErrorKind::Input, text, 0));
+        let answers = [answer("four"), None, answer("four"), answer("much longer")];
+        assert_eq!([3, 4, 8, 11, 19].map(|most| fitting(&answers, most)), [1, 2, 3, 3, 4]);
+        assert_eq!(fitting(&answers[3..], 2), 1, "one row is always taken");
+    }
 }

@@ -1,10 +1,13 @@
 //! Answers on disk, in a folder that any number of processes share. Each process writes its own
 //! journal and reads those of all.
 
+#[cfg(unix)]
+use std::os::unix::fs::PermissionsExt;
 use std::{
     collections::HashMap,
     ffi::OsStr,
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
 
@@ -56,12 +59,17 @@ impl Store {
         })
     }
 
-    /// Reads what this and other processes wrote since the last time. Other files, lines that are
-    /// not complete answers, and files that were deleted in the meantime are ignored: what can't be
-    /// found is asked again.
+    /// Reads what this and other processes wrote since the last time. Other files, files that can't
+    /// be read (any more), and lines that are not complete answers are ignored: what can't be found
+    /// is asked again.
     pub(super) fn refresh(&mut self) -> Result<(), JournalError> {
         let failed = |source| JournalError::File { path: self.folder.clone(), source };
-        for file in fs::read_dir(&self.folder).map_err(failed)? {
+        let files = match fs::read_dir(&self.folder) {
+            // It is created again with the next answer.
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            files => files.map_err(failed)?,
+        };
+        for file in files {
             let path = file.map_err(failed)?.path();
             if is_ours(&path) && !self.files.iter().any(|(known, _)| *known == path) {
                 self.files.push((path, 0));
@@ -72,14 +80,16 @@ impl Store {
             if fs::metadata(&*path).map_or(true, is_read) {
                 continue;
             }
-            let mut entries = JournalReader::at(path).entries_from::<Answer>(*end)?;
+            let Ok(mut entries) = JournalReader::at(path).entries_from::<Answer>(*end) else {
+                continue;
+            };
             for entry in entries.by_ref() {
                 match entry {
                     Ok((begin, answer)) if answer.is_complete() => {
                         self.known.insert(answer.id, (number, begin));
                     }
                     Ok(_) | Err(JournalError::Line { .. }) => {}
-                    Err(error) => return Err(error),
+                    Err(_) => break,
                 }
             }
             *end = entries.end();
@@ -114,11 +124,12 @@ impl Store {
     fn create(&self) -> Result<Journal, JournalError> {
         let failed = |source| JournalError::File { path: self.folder.clone(), source };
         fs::create_dir_all(&self.folder).map_err(failed)?;
-        let file = tempfile::Builder::new()
-            .prefix(PREFIX)
-            .suffix(SUFFIX)
-            .tempfile_in(&self.folder)
-            .map_err(failed)?;
+        let mut file = tempfile::Builder::new();
+        file.prefix(PREFIX).suffix(SUFFIX);
+        // Who may read it is decided by the umask, as for other files.
+        #[cfg(unix)]
+        file.permissions(fs::Permissions::from_mode(0o666));
+        let file = file.tempfile_in(&self.folder).map_err(failed)?;
         let (_, path) = file.keep().map_err(|error| failed(error.error))?;
         Journal::open_file(&path, &self.header)
     }

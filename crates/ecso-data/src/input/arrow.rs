@@ -169,10 +169,11 @@ fn cell(column: &dyn Array, row: usize) -> Cell {
             let (keys, values) = (entries.column(0), entries.column(1));
             let named = (0..entries.len()).map(|entry| match cell(keys.as_ref(), entry) {
                 Cell::Text(name) => (name, cell(values.as_ref(), entry)),
-                _ => (entry.to_string(), cell(values.as_ref(), entry)),
+                key => (entry.to_string(), Cell::List(vec![key, cell(values.as_ref(), entry)])),
             });
             Cell::Fields(named.collect::<Fields>())
         }
+        DataType::Union(..) => cell(column.as_union().value(row).as_ref(), 0),
         DataType::Dictionary(_, value) => decoded(column, row, value),
         DataType::RunEndEncoded(_, value) => decoded(column, row, value.data_type()),
         _ => formatted(column, row),

@@ -283,17 +283,23 @@ fn find_image(path: &str, cell: &Cell) -> Option<String> {
 
 /// Whether the bytes of an image are in a cell, at any depth and under any name.
 fn holds_image(cell: &Cell) -> bool {
-    let is_image = |bytes: &[u8]| SIGNATURES.iter().any(|(begin, _)| bytes.starts_with(begin));
     match cell {
-        Cell::Bytes(bytes) => is_image(bytes),
+        Cell::Bytes(bytes) => begins_like_image(bytes),
         Cell::Text(text) => is_encoded_image(text.trim()),
         Cell::List(list) if is_bytes(list) => {
-            is_image(&list.iter().take(8).filter_map(byte).collect::<Vec<u8>>())
+            begins_like_image(&list.iter().take(16).filter_map(byte).collect::<Vec<u8>>())
         }
         Cell::List(list) => list.iter().any(holds_image),
         Cell::Fields(fields) => fields.values().any(holds_image),
         _ => false,
     }
+}
+
+fn begins_like_image(bytes: &[u8]) -> bool {
+    let is_bitmap = bytes.starts_with(b"BM") && bytes.get(6..10) == Some(&[0; 4]);
+    // AVIF and HEIC.
+    let is_container = bytes.get(4..8) == Some(b"ftyp");
+    is_bitmap || is_container || SIGNATURES.iter().any(|(begin, _)| bytes.starts_with(begin))
 }
 
 /// Whether a text is an image, or a path or URL with the extension of an image.
@@ -322,11 +328,14 @@ fn is_truthy(cell: &Cell) -> bool {
 }
 
 /// The first bytes of images, and the same in base64.
-const SIGNATURES: [(&[u8], &str); 4] = [
+const SIGNATURES: [(&[u8], &str); 7] = [
     (b"\x89PNG", "iVBORw0KGgo"),
     (b"\xff\xd8\xff", "/9j/"),
     (b"GIF8", "R0lGOD"),
     (b"RIFF", "UklGR"),
+    (b"II*\0", "SUkqA"),
+    (b"MM\0*", "TU0AK"),
+    (b"%PDF-", "JVBERi0"),
 ];
 
 /// Whether a text is base64 rather than a path: it has only base64 characters, and is long or

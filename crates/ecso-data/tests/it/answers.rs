@@ -162,10 +162,21 @@ async fn what_others_did_to_a_journal_costs_only_answers() {
     assert_eq!(asked("with a line in the making").await, 0);
     fs::write(&other, format!("{last}\n\nno answer\n{{\"id\":\"x\"}}\n{last}\n")).unwrap();
     assert_eq!(asked("with lines that are no answers").await, 0);
+    fs::write(folder.path().join("answers-junk.jsonl"), "junk\n\0\x01\n").unwrap();
+    assert_eq!(asked("with a file that has no header").await, 0);
 
     fs::remove_file(&other).unwrap();
     fs::remove_file(&journal).unwrap();
     assert_eq!(asked("with deleted journals").await, 2, "once, by the first process");
-    assert_eq!(journals().len(), 2, "{:?}", journals());
+    assert_eq!(journals().len(), 3, "{:?}", journals());
     assert_eq!(asked("with a new journal").await, 0);
+    fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(asked("without the folder").await, 2);
+    assert_eq!(asked("with a new folder").await, 0);
+
+    let journal = journals().pop().unwrap();
+    fs::write(&journal, "").unwrap();
+    answered(&ours, vec![table(&[Some("c")])], &options()).await.unwrap();
+    let text = fs::read_to_string(&journal).unwrap();
+    assert!(text.starts_with('{') || text.is_empty(), "no hole is left: {text:?}");
 }
