@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, PoisonError},
 };
 
-use ecso::{Event, Guard, Mllm, error_chain};
+use ecso::{Event, Guard, Mllm, error_chain, profile::Scope};
 use ecso_cli::library::{BatchModel, Setup};
 use ecso_data::{
     answers::{AnswersError, TableAnswerer, TableOptions},
@@ -22,6 +22,7 @@ use crate::{
     call::{Call, Item, ItemSender},
     chat::{ImageReader, Messages},
     failure::Failure,
+    logging,
     runtime::PerProcess,
     table::{Table, Tables},
 };
@@ -120,7 +121,16 @@ impl OpenGuard {
                 *self.guard.lock().await = None;
             }
         }
-        Ok(Table::new(&tables.schema, answers??, &options.prefix))
+        let table = Table::new(&tables.schema, answers??, &options.prefix);
+        let unchecked = table.count(&format!("{}verdict", options.prefix), "unchecked");
+        if unchecked > 0 && self.setup.profile().scope == Scope::Images {
+            tracing::warn!(
+                "{unchecked} of {} rows have no image, so their answers were not judged; \
+                 set={{\"scope\": \"all\"}} judges all",
+                table.__len__()
+            );
+        }
+        Ok(table)
     }
 }
 
@@ -160,6 +170,7 @@ impl Core {
             .map_err(|error| Failure::settings(format!("settings: {error}")))
             .and_then(|settings| Ok(Setup::new(settings, api_key.map(Into::into))?));
         let setup = setup.map_err(|failure: Failure| failure.into_exception(py))?;
+        logging::start();
         let concurrency = concurrency.unwrap_or_else(|| setup.default_concurrency());
         Ok(Self { setup, concurrency, cache, opened: PerProcess::new() })
     }

@@ -5,6 +5,7 @@ mod call;
 mod chat;
 mod failure;
 mod guard;
+mod logging;
 mod runtime;
 mod table;
 

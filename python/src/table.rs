@@ -4,6 +4,7 @@ use std::{ffi::CStr, sync::Arc};
 
 use arrow_array::{
     Array, RecordBatch, RecordBatchIterator, RecordBatchReader, StructArray,
+    cast::AsArray,
     ffi::{FFI_ArrowArray, FFI_ArrowSchema},
     ffi_stream::{FFI_ArrowArrayStream, RecordBatchStreamReader},
 };
@@ -87,6 +88,13 @@ impl Table {
         let schema = batches.first().map_or_else(schema_without_batches, RecordBatch::schema);
         Self { schema, batches }
     }
+
+    /// How many rows have this text in the column.
+    pub(crate) fn count(&self, column: &str, text: &str) -> usize {
+        let columns = self.batches.iter().filter_map(|batch| batch.column_by_name(column));
+        let texts = columns.filter_map(|column| column.as_string_opt::<i32>());
+        texts.flat_map(|texts| texts.iter().filter(|value| *value == Some(text))).count()
+    }
 }
 
 fn capsule<'py, T: Send + 'static>(
@@ -99,7 +107,7 @@ fn capsule<'py, T: Send + 'static>(
 
 #[pymethods]
 impl Table {
-    fn __len__(&self) -> usize {
+    pub(crate) fn __len__(&self) -> usize {
         self.batches.iter().map(RecordBatch::num_rows).sum()
     }
 

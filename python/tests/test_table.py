@@ -239,6 +239,18 @@ def test_a_journal_that_is_a_file_is_a_wrong_setting(mock: Mock) -> None:
         guard(mock).process_batch(rows(1), journal=PICTURE)
 
 
+def test_warnings_are_those_of_logging(mock: Mock, caplog: pytest.LogCaptureFixture) -> None:
+    mock.statuses = [(429, {"Retry-After": "1"})]
+    batch = pa.table({"query": ["What?", "Why?"], "image": [dot(1), None]})
+    guard(mock, server={"retries": 0}).process_batch(batch, prefix="new_")
+    told = [(record.name, record.levelname, record.message) for record in caplog.records if record.name == "ecso"]
+    assert [level for _, level, _ in told] == ["WARNING"] * 2
+    assert "overloaded" in told[0][2] and "1 of 2 rows have no image" in told[1][2]
+    caplog.clear()
+    guard(mock, set={"scope": "all"}).process_batch(batch)
+    assert not [record for record in caplog.records if record.name == "ecso"]
+
+
 def test_images_in_odd_columns_are_seen(mock: Mock) -> None:
     avif, pdf = b"\0\0\0\x20ftypavif" + bytes(40), b"%PDF-1.7\n" + bytes(40)
     numbers = pa.UnionArray.from_sparse(pa.array([1], pa.int8()), [pa.array([1]), pa.array([dot(1)])])
