@@ -37,7 +37,7 @@ class Step:
 class Outcome:
     """A guarded answer.
 
-    `answer`: the answer to show. `verdict`: the verdict on the direct answer. `score`: probability in 0..1 that it is harmful, if the
+    `answer`: the answer to show. `verdict`: the verdict on the direct answer, or on the request for it. `score`: probability in 0..1 that one is harmful, if the
     model returns probabilities. `rewritten`: whether `answer` replaces the direct answer. `refused`: whether it is the profile's fixed
     refusal. `steps`: all calls, in order.
     """

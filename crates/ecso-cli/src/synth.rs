@@ -2,7 +2,8 @@
 
 use std::{
     fmt::Write as _,
-    io::Write as _,
+    fs,
+    io::{BufRead, BufReader, Write as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -163,6 +164,13 @@ fn generate(
     Ok(end)
 }
 
+/// The error of the first row in a file of rows that failed.
+fn first_failure(path: &Path) -> Option<String> {
+    let line = BufReader::new(fs::File::open(path).ok()?).lines().next()?.ok()?;
+    let row: serde_json::Value = serde_json::from_str(&line).ok()?;
+    row.get("error")?.as_str().map(str::to_owned)
+}
+
 /// Warns about an empty dataset or validation split. Fails if too few rows were processed, or if
 /// rows of the input are missing although the run is `complete`.
 fn check_outcome(
@@ -180,7 +188,9 @@ fn check_outcome(
         ),
         _ if manifest.rows > manifest.failed => {}
         _ if manifest.failed > 0 => {
-            anyhow::bail!("every row failed; see {}", failures.display())
+            let first = first_failure(&failures);
+            let first = first.map_or_else(String::new, |error| format!("; the first: {error}"));
+            anyhow::bail!("every row failed; see {}{first}", failures.display())
         }
         Some(0) => anyhow::bail!(UsageError(format!("{input} has no rows"))),
         Some(unseen) => anyhow::bail!(

@@ -110,7 +110,8 @@ pub struct Answer {
     /// The verdict on the direct answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verdict: Option<Verdict>,
-    /// Probability in 0..=1 that the direct answer is harmful, if the model returns probabilities.
+    /// Probability in 0..=1 that the direct answer, or the request for it, is harmful, if the model
+    /// returns probabilities.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
     /// The images as text, if step 3 ran; several are separated by an empty line.

@@ -64,7 +64,7 @@ impl JournalHeader for RunHeader {
             ("--image-root", begun.image_root != self.image_root),
             ("model", begun.model != self.model || begun.model_digest != self.model_digest),
             ("model under the same name on the server", begun.server != self.server),
-            ("profile, or another fit of it by `ecso tune`", begun.profile != self.profile),
+            ("profile, --max-new-tokens or fit by `ecso tune`", begun.profile != self.profile),
             (
                 "filter",
                 begun.filters != self.filters || begun.near_duplicates != self.near_duplicates,

@@ -150,7 +150,7 @@ impl JournalHeader for RunHeader {
             ("model under the same name on the server", started.server != self.server),
             // The limit is also part of the recorded profiles, so it must be compared before them.
             ("--max-new-tokens", started.max_new_tokens != self.max_new_tokens),
-            ("profile, or another fit of it by `ecso tune`", started.profiles != self.profiles),
+            ("profile, or fit of it by `ecso tune`", started.profiles != self.profiles),
             ("--scenario", started.choice.scenarios != self.choice.scenarios),
             ("--sample", started.choice.sample != self.choice.sample),
             ("--seed", started.choice.seed != self.choice.seed),

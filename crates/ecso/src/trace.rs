@@ -84,8 +84,8 @@ pub struct Outcome {
     pub answer: String,
     /// The verdict on the direct answer, or on the request for it.
     pub verdict: Verdict,
-    /// Probability that the direct answer is harmful, in 0..=1; `None` if the model reports no
-    /// probabilities.
+    /// Probability in 0..=1 that the direct answer, or the request for it, is harmful; `None` if the
+    /// model reports no probabilities. With `hardened`, that of the detector with the highest one.
     pub score: Option<f64>,
     /// Whether another answer replaced the direct one.
     #[serde(default)]

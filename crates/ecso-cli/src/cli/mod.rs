@@ -251,7 +251,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "TEXT", requires = "image")]
     pub(crate) query: Option<String>,
 
-    /// Number of answers behind each median
+    /// Answers per measurement; medians are reported
     #[arg(long, value_name = "N", default_value = "5")]
     pub(crate) runs: NonZero<usize>,
 
@@ -352,7 +352,7 @@ pub(crate) struct SynthArgs {
     #[arg(long, value_name = "I/N", default_value_t = Shard::ALL)]
     pub(crate) shard: Shard,
 
-    /// Start no more rows once this many tokens are spent
+    /// Start no more rows after this many tokens
     #[arg(long, value_name = "N")]
     pub(crate) max_tokens: Option<u64>,
 

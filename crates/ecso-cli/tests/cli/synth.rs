@@ -337,7 +337,8 @@ async fn an_empty_dataset_has_a_reason() {
     );
     assert!(said.contains("--map names `query` twice"), "{said}");
     let said = text(&go("broken", "{\n", &[]).code(1).get_output().stderr);
-    assert!(said.contains("every row failed; see"), "{said}");
+    let (_, first) = said.split_once("every row failed; see ").expect(&said);
+    assert!(first.contains("failed.jsonl; the first: "), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -28,7 +28,9 @@ pub(crate) fn json<T: DeserializeOwned>(path: &Path) -> Result<T, DataError> {
 pub(super) fn json_line<T: DeserializeOwned>(line: &str) -> Result<T, Cause> {
     serde_json::from_str(line).map_err(|error: serde_json::Error| {
         let reason = error.to_string().replace(" at line 1 column ", " at column ");
-        format!("the row is not valid JSON: {}", cut(reason)).into()
+        let what =
+            if error.is_data() { "the row has a wrong field" } else { "the row is not valid JSON" };
+        format!("{what}: {}", cut(reason)).into()
     })
 }
 
