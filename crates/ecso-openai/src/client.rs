@@ -2,6 +2,7 @@
 
 use std::{
     error::Error,
+    io,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -391,10 +392,11 @@ impl OpenAi {
             .as_ref()
             .map(|path| format!(" by {}", path.display()))
             .unwrap_or_default();
-        let causes = error
-            .source()
-            .map(|cause| format!(": {}", ecso::error_chain(cause)))
-            .unwrap_or_default();
+        let causes = match error.source() {
+            Some(cause) if is_refused(cause) => ": nothing is listening there".to_owned(),
+            Some(cause) => format!(": {}", ecso::error_chain(cause)),
+            None => String::new(),
+        };
         ModelError::Transport(Cause::new(
             format!("{}{socket}: {what}{causes}", self.base),
             error.without_url(),
@@ -457,6 +459,14 @@ fn is_transient(failed: &Failed) -> bool {
         ModelError::Timeout(_) => failed.complaint.is_some(),
         _ => false,
     }
+}
+
+/// Whether the machine was reached, and no server listens at the port.
+fn is_refused(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().map_or_else(
+        || error.source().is_some_and(is_refused),
+        |cause| cause.kind() == io::ErrorKind::ConnectionRefused,
+    )
 }
 
 /// The wait that `Retry-After` requests, in seconds or as a date.
