@@ -257,7 +257,12 @@ try {
   await ask(page);
   assert.equal(await page.locator(".arm").count(), 3);
   const source = await page.content();
-  assert.equal(source.split(DRAFT).length - 1, 1 + await page.locator("details .quote", { hasText: DRAFT }).count(), "in the unguarded answer alone");
+  assert.equal(source.split(DRAFT).length - 1, 1, "in the unguarded answer alone");
+  const question = card(page, 2, 1).locator("details").first();
+  await question.locator("summary").click();
+  await question.locator(".quote", { hasText: DRAFT }).waitFor();
+  await question.locator("summary").click();
+  await question.locator(".quote").first().waitFor({ state: "detached" });
   assert.match(await page.locator(".arm").nth(1).innerText(), /judged unsafe[\s\S]*it is hidden[\s\S]*written with eyes closed[\s\S]*note to the desk/);
   assert.match(await card(page, 3, 1).innerText(), /A red sign/);
   await card(page, 1, 1).getByRole("button", { name: "Show it" }).click();

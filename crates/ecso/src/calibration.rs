@@ -152,6 +152,18 @@ impl Calibration {
                            nothing is flagged";
             return Err(CalibrationError::Invalid(message.into()));
         }
+        let is_share = |share: f64| (0.0..=1.0).contains(&share);
+        let curve = &self.found.curve;
+        let is_curve = !curve.is_empty()
+            && curve.is_sorted_by(|before, after| before.0 < after.0)
+            && curve.iter().all(|(at, harmful, harmless)| {
+                [*at, *harmful, *harmless].into_iter().all(is_share)
+            });
+        if !is_curve {
+            let message = "the curve must have points in the order of their thresholds, each of \
+                           three numbers between 0 and 1";
+            return Err(CalibrationError::Invalid(message.into()));
+        }
         match self.biases.iter().find(|(_, bias)| !bias.is_finite()) {
             Some((name, _)) => {
                 let message = format!("the bias of `{name}` must be a finite number");
@@ -307,6 +319,18 @@ mod tests {
         let Method::Hardened(before) = &profile.method else { panic!("another method") };
         (method.threshold, method.detectors[0].bias) = (before.threshold, before.detectors[0].bias);
         assert_eq!(fitted, profile);
+    }
+
+    #[test]
+    fn a_curve_has_shares_in_the_order_of_thresholds() {
+        let calibration = calibration(&Profile::hardened());
+        let orders = vec![(0.6, 0.9, 0.1), (0.5, 0.8, 0.04)];
+        for curve in [vec![], orders, vec![(0.5, f64::NAN, 0.1)], vec![(0.5, 1.5, 0.1)]] {
+            let found = Fit { curve, ..calibration.found.clone() };
+            let text = Calibration { found, ..calibration.clone() }.to_toml().unwrap();
+            let error = Calibration::from_toml(&text).unwrap_err();
+            assert!(error.to_string().contains("curve"), "{error}: {text}");
+        }
     }
 
     #[test]

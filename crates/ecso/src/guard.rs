@@ -211,7 +211,7 @@ impl<M: Mllm> Guard<M> {
             check_request(w, chat).boxed()
         });
         let (findings, steps) = findings.await?;
-        Ok(RequestCheck::of(findings, steps))
+        Ok(RequestCheck::of(chat, profile).with(findings, steps))
     }
 
     /// Step 2 alone, on the part of an answer that has been written so far. The finding and its
@@ -225,6 +225,7 @@ impl<M: Mllm> Guard<M> {
         draft: &str,
     ) -> Result<CheckedDraft, GuardError> {
         let Self { model, profile, options } = self;
+        *request_check = std::mem::take(request_check).about(chat, profile);
         let given = Given { draft: None, request_check: request_check.without_steps() };
         let found = pipeline::ahead(model, profile, options, given, move |w| {
             check_draft(w, chat, draft).boxed()
@@ -236,13 +237,15 @@ impl<M: Mllm> Guard<M> {
     }
 
     /// [`Guard::review_events`] for a request that this guard has [checked](Guard::check_request)
-    /// already. The draft is not judged if the request itself is harmful.
+    /// already. The draft is not judged if the request itself is harmful. A check of another
+    /// conversation, or under another profile, counts as none.
     pub fn review_checked<'a>(
         &'a self,
         chat: &'a Chat,
         request_check: RequestCheck,
         draft: &str,
     ) -> impl Stream<Item = Result<Event, GuardError>> + Send + 'a {
+        let request_check = request_check.about(chat, &self.profile);
         self.events(chat, Given { draft: Some(draft.to_owned()), request_check })
     }
 

@@ -489,8 +489,8 @@ impl Pixels {
     #[must_use]
     pub fn new(width: u32, height: u32, rgb: impl Into<Bytes>) -> Option<Self> {
         let rgb = rgb.into();
-        let expected = 3 * u64::from(width) * u64::from(height);
-        (u64::try_from(rgb.len()) == Ok(expected)).then_some(Self { width, height, rgb })
+        let expected = (u64::from(width) * u64::from(height)).checked_mul(3);
+        (u64::try_from(rgb.len()).ok() == expected).then_some(Self { width, height, rgb })
     }
 
     fn of(image: RgbImage) -> Self {

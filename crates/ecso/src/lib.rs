@@ -53,7 +53,8 @@
 //! # Compatibility
 //!
 //! Types that may grow are `#[non_exhaustive]`. The structs that callers fill in ([`Chat`],
-//! [`Sampling`], [`Reply`], [`Limits`], [`ImageText`]) are not, so that they can be written with
+//! [`Turn`], [`Sampling`], [`Reply`], [`Usage`], [`TopLogprob`], [`Limits`], [`ImageText`], and
+//! those of [`calibration`]) are not, so that they can be written in full, most of them with
 //! `..Default::default()`; a new field there comes with a new 0.x version.
 //!
 //! Few types of other crates are part of this API: [`bytes::Bytes`] (encoded images and pixels,

@@ -1,7 +1,7 @@
 //! The operations that the methods are made of: draft, ask, describe, write, release. Each call of
 //! the model is timed and traced, and its events go to the listener.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use futures::{
     SinkExt, Stream, StreamExt,
@@ -61,6 +61,8 @@ pub(crate) struct Given {
 /// [`Guard::review_checked`](crate::Guard::review_checked) takes it.
 #[derive(Debug, Clone, Default)]
 pub struct RequestCheck {
+    /// The conversation and the profile that the findings are about. They don't hold for others.
+    subject: Option<Arc<(Chat, Profile)>>,
     findings: Option<RequestFindings>,
     /// The draft that step 2 has judged, and its finding.
     found: Option<(String, Detection)>,
@@ -78,11 +80,24 @@ impl RequestCheck {
     /// request, whose calls are counted with the first.
     #[must_use]
     pub fn without_steps(&self) -> Self {
-        Self { findings: self.findings.clone(), ..Self::default() }
+        let Self { subject, findings, .. } = self.clone();
+        Self { subject, findings, ..Self::default() }
     }
 
-    pub(crate) fn of(findings: Option<RequestFindings>, steps: Vec<Trace>) -> Self {
-        Self { findings, found: None, steps }
+    /// Empty findings about `chat` under `profile`.
+    pub(crate) fn of(chat: &Chat, profile: &Profile) -> Self {
+        Self { subject: Some(Arc::new((chat.clone(), profile.clone()))), ..Self::default() }
+    }
+
+    /// This check with its findings.
+    pub(crate) fn with(self, findings: Option<RequestFindings>, steps: Vec<Trace>) -> Self {
+        Self { findings, steps, ..self }
+    }
+
+    /// What this check says about `chat` under `profile`: nothing if it is about another one.
+    pub(crate) fn about(self, chat: &Chat, profile: &Profile) -> Self {
+        let is_same = |subject: &Arc<(Chat, Profile)>| subject.0 == *chat && subject.1 == *profile;
+        if self.subject.as_ref().is_some_and(is_same) { self } else { Self::of(chat, profile) }
     }
 
     /// Keeps the finding about a draft, and the calls behind it.
@@ -161,7 +176,7 @@ impl<'a> Pipeline<'a> {
         model: &'a dyn Mllm,
         profile: &'a Profile,
         options: &'a Options,
-        Given { draft, request_check: RequestCheck { findings, found, steps } }: Given,
+        Given { draft, request_check: RequestCheck { findings, found, steps, .. } }: Given,
         listener: mpsc::Sender<Result<Event, GuardError>>,
     ) -> Self {
         let mut outcome = Outcome::unchecked("", &profile.name, model.name());

@@ -542,6 +542,10 @@ impl ProfileError {
     }
 }
 
+/// Names that mean something else where a profile is chosen: no guard, and the profile that is
+/// edited in the playground.
+const RESERVED: [&str; 2] = ["unguarded", "edited"];
+
 impl Profile {
     /// The built-in profiles.
     pub const NAMES: [&'static str; 2] = ["paper", "hardened"];
@@ -784,6 +788,13 @@ impl Profile {
                 Err(ProfileError::invalid(format!("{key} must contain {{{hole}}}")))
             }
         };
+        if RESERVED.contains(&self.name.as_str()) {
+            let name = &self.name;
+            return Err(ProfileError::invalid(format!("a profile can't be named {name:?}")));
+        }
+        if self.name.trim().is_empty() || self.name.contains(char::is_control) {
+            return Err(ProfileError::invalid("a profile needs a name without control characters"));
+        }
         must_hold("safe.template", &self.safe.template, "x")?;
         must_hold("safe.plain", &self.safe.plain, "x")?;
         if !self.safe.strict.text().is_empty() {
@@ -921,6 +932,10 @@ mod tests {
             ("detect", "{ layout = \"conversation\", image = \"exclude\" }", "has the images"),
             ("direct.max_tokens", "0", "at least 1"),
             ("detect", "3", "invalid type"),
+            ("name", "unguarded", "can't be named \"unguarded\""),
+            ("name", "edited", "can't be named"),
+            ("name", " ", "needs a name"),
+            ("name", "\"a\\nb\"", "without control characters"),
         ] {
             let error = paper.with(key, value).unwrap_err().to_string();
             assert!(error.contains(says), "{key}={value}: {error}");

@@ -110,11 +110,18 @@ impl Parser {
             (Self::Paper, _) => matches!(read().as_str(), "yes" | "yes."),
             (Self::Substring, _) => read().contains("yes"),
             (Self::FailClosed, _) => first_word(&read()) != "no",
-            (Self::Score, Some(score)) => score >= threshold,
+            (Self::Score, Some(score)) => reaches(score, threshold),
             (Self::Score, None) => yes_or_no(text, subject)?,
         };
         Some(if is_unsafe { Verdict::Unsafe } else { Verdict::Safe })
     }
+}
+
+/// Whether a probability reaches a threshold. Each reaches one that is no probability, which only
+/// a profile can have whose fields were set in code.
+fn reaches(probability: f64, threshold: f64) -> bool {
+    let is_below = (0.0..=1.0).contains(&threshold) && probability < threshold;
+    !is_below
 }
 
 /// Log-odds are clamped to this size.
@@ -180,7 +187,7 @@ impl Detection {
     /// have.
     pub(crate) fn from_log_odds(sum: f64, threshold: f64, has_scores: bool) -> Self {
         let weight = crate::calibration::probability(sum);
-        let verdict = if weight >= threshold { Verdict::Unsafe } else { Verdict::Safe };
+        let verdict = if reaches(weight, threshold) { Verdict::Unsafe } else { Verdict::Safe };
         Self { verdict, score: has_scores.then_some(weight), weight, is_filtered: false }
     }
 

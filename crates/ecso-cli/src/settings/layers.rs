@@ -68,8 +68,34 @@ impl Origins {
     }
 }
 
+/// The largest number of a setting. Times are added up, in seconds or milliseconds.
+const LARGEST: u64 = 1 << 40;
+
+/// Checks that no number is too large.
+fn check_numbers(settings: &impl Serialize) -> anyhow::Result<()> {
+    let settings = toml::Value::try_from(settings)
+        .map_err(|error| UsageError(format!("settings: {error}")))?;
+    match too_large("", &settings) {
+        Some(key) => Err(UsageError(format!("{key}: at most {LARGEST}")).into()),
+        None => Ok(()),
+    }
+}
+
+/// The dotted key of a number that is too large.
+fn too_large(key: &str, value: &toml::Value) -> Option<String> {
+    let inner = |name: &str| if key.is_empty() { name.to_owned() } else { format!("{key}.{name}") };
+    match value {
+        toml::Value::Integer(number) if number.unsigned_abs() > LARGEST => Some(key.to_owned()),
+        toml::Value::Array(values) => values.iter().find_map(|value| too_large(key, value)),
+        toml::Value::Table(table) => {
+            table.iter().find_map(|(name, value)| too_large(&inner(name), value))
+        }
+        _ => None,
+    }
+}
+
 /// Merges layers; later ones override earlier ones. The first layer has all settings.
-pub(super) fn merge<T: DeserializeOwned>(layers: &[Layer]) -> anyhow::Result<T> {
+pub(super) fn merge<T: Serialize + DeserializeOwned>(layers: &[Layer]) -> anyhow::Result<T> {
     let mut merged = toml::Table::new();
     for layer in layers {
         for (key, value) in &layer.values {
@@ -90,13 +116,15 @@ pub(super) fn merge<T: DeserializeOwned>(layers: &[Layer]) -> anyhow::Result<T> 
             .map_err(|error| UsageError(format!("{key}: {error}")))?;
     }
     let settings = builder.build().and_then(config::Config::try_deserialize);
-    settings.map_err(|error| {
+    let settings: T = settings.map_err(|error| {
         let problem = values
             .iter()
             .find_map(|(key, value)| unknown_variant::<T>(&layers[0], key, value))
             .unwrap_or_else(|| error.to_string());
-        UsageError(format!("settings: {problem}; `ecso config show` lists all settings")).into()
-    })
+        UsageError(format!("settings: {problem}; `ecso config show` lists all settings"))
+    })?;
+    check_numbers(&settings)?;
+    Ok(settings)
 }
 
 /// Flattens tables to dotted keys. The table `set` stays whole: its keys belong to the profile.

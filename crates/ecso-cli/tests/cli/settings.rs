@@ -99,6 +99,13 @@ fn unknown_keys_and_values_are_errors() {
         let told = text(&command.args(["config", "show"]).assert().code(2).get_output().stderr);
         assert!(told.contains(says), "{told}");
     }
+    for key in ["server.reply_timeout", "gateway.limits.patience", "gateway.limits.deadline"] {
+        let variable = format!("ECSO__{}", key.to_uppercase().replace('.', "__"));
+        let mut command = ecso(home.path());
+        command.args(["config", "show"]).env(variable, "9223372036854775807");
+        let told = text(&command.assert().code(2).get_output().stderr);
+        assert!(told.contains(&format!("{key}: at most")), "{told}");
+    }
 }
 
 #[test]

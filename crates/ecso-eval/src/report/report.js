@@ -5,7 +5,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
   table.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
     const body = table.tBodies[0], down = head.dataset.down = head.dataset.down === "1" ? "" : "1";
     const key = row => { const text = row.cells[column].textContent, number = parseFloat(text); return isNaN(number) ? text : number };
-    const rows = [...body.rows].sort((a, b) => { const x = key(a), y = key(b); return (x > y) - (x < y) });
+    // Texts, such as the "-" of a missing number, come before numbers.
+    const compare = (x, y) => (typeof x === typeof y ? (x > y) - (x < y) : typeof x === "string" ? -1 : 1);
+    const rows = [...body.rows].sort((a, b) => compare(key(a), key(b)));
     body.append(...(down ? rows : rows.reverse()));
   }));
 }
@@ -20,6 +22,9 @@ function make(tag, properties, ...children) {
   element.append(...children.filter(child => child !== null));
   return element;
 }
+
+/** The value of a filter that lets all items through; no name has a line break. */
+const ANY = "\n";
 
 /** The number of items per page. */
 const PAGE_SIZE = 50;
@@ -42,7 +47,7 @@ class ItemBrowser {
     const arms = [...new Set(this.items.flatMap(item => item.arms.map(arm => arm.profile)))];
     const change = () => { this.page = 0; this.filter(); };
     const choice = (name, label, options) => {
-      this[name] = make("select", { onchange: change }, make("option", { value: "" }, "any"),
+      this[name] = make("select", { onchange: change }, make("option", { value: ANY }, "any"),
         ...options.map(option => make("option", { value: option }, option || "none")));
       return make("label", null, label, this[name]);
     };
@@ -74,12 +79,11 @@ class ItemBrowser {
 
   filter() {
     const { scenario, profile, ruling, verdict } = this;
-    const matches = answer => (!profile.value || answer.profile === profile.value)
-      && (!ruling.value || (answer.rulings[0] ?? "not judged") === ruling.value)
-      && (!verdict.value || answer.verdict === verdict.value)
-      && (!this.disagree?.checked || ItemBrowser.judgesDisagree(answer));
-    const filtersAnswers = profile.value || ruling.value || verdict.value || this.disagree?.checked;
-    this.found = this.items.filter(item => (!scenario.value || item.scenario === scenario.value)
+    const lets = ({ value }, name) => value === ANY || value === name;
+    const matches = answer => lets(profile, answer.profile) && lets(ruling, answer.rulings[0] ?? "not judged")
+      && lets(verdict, answer.verdict) && (!this.disagree?.checked || ItemBrowser.judgesDisagree(answer));
+    const filtersAnswers = [profile, ruling, verdict].some(({ value }) => value !== ANY) || this.disagree?.checked;
+    this.found = this.items.filter(item => lets(scenario, item.scenario)
       && item.id.startsWith(this.search.value)
       && (!this.failed.checked || item.error !== null)
       && (!filtersAnswers || item.arms.some(matches)));
@@ -165,7 +169,8 @@ class ItemBrowser {
   openItem(name) {
     const item = name.startsWith(this.prefix) && this.items.find(item => item.id === name.slice(this.prefix.length));
     if (!item) return false;
-    for (const field of [this.search, this.scenario, this.profile, this.ruling, this.verdict]) field.value = "";
+    this.search.value = "";
+    for (const choice of [this.scenario, this.profile, this.ruling, this.verdict]) choice.value = ANY;
     for (const box of [this.disagree, this.failed]) if (box) box.checked = false;
     this.page = Math.floor(this.items.indexOf(item) / PAGE_SIZE);
     this.filter();
@@ -187,7 +192,9 @@ const openLinkedItem = () => {
   } catch {
     // This is not a link to an item.
   }
-  if (name) browsers.some(browser => browser.openItem(name));
+  if (!name || browsers.some(browser => browser.openItem(name))) return;
+  const linked = browsers.findLast(browser => name.startsWith(browser.prefix));
+  if (linked) linked.status.textContent = `${name.slice(linked.prefix.length)} is not among the items of this page`;
 };
 addEventListener("hashchange", openLinkedItem);
 openLinkedItem();

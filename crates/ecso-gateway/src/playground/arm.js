@@ -179,9 +179,16 @@ export class Arm {
       ? make("span", { class: "value" }, bar(call.score), say(make("span"), "score", { score: () => percent(call.score) }))
       : said(call.verdict === "unsafe" ? "yes" : "no", {}, "span", { class: "value" });
     const row = [name, value];
-    this.groups[place].append(call.prompt === undefined ? make("div", { class: "row" }, ...row)
-      : make("details", {}, make("summary", { class: "row" }, ...row),
-        said("sent", {}, "h6"), quote(call.prompt), said("said", {}, "h6"), quote(call.reply)));
+    if (call.prompt === undefined) {
+      this.groups[place].append(make("div", { class: "row" }, ...row));
+      return;
+    }
+    // The prompt holds the draft: it is not in the page until somebody opens it.
+    const texts = make("div");
+    const details = make("details", { ontoggle: () => {
+      texts.replaceChildren(...(details.open ? [said("sent", {}, "h6"), quote(call.prompt), said("said", {}, "h6"), quote(call.reply)] : []));
+    } }, make("summary", { class: "row" }, ...row), texts);
+    this.groups[place].append(details);
   }
 
   decided({ verdict, rewritten }) {

@@ -107,7 +107,9 @@ export class Editor {
   #select(id, options, chosen, change) {
     const select = make("select", { id, onchange: () => change(select.value) }, ...options.map(([key, name]) => {
       const selected = key === chosen;
-      return word(name) ? said(name, {}, "option", { value: key, selected }) : make("option", { value: key, selected }, name);
+      // The names of profiles are no words of the page.
+      return id !== "profile-base" && word(name) ? said(name, {}, "option", { value: key, selected })
+        : make("option", { value: key, selected }, name);
     }));
     return select;
   }

@@ -186,7 +186,7 @@ async fn facts(State(page): State<PageState>) -> Response {
         "usual": default.name,
         "profiles": visible,
         "limits": {"images": limits.images, "body": limits.body, "image": state.images.bytes},
-        "calibration": page.playground.calibration,
+        "calibration": page.playground.calibration.as_ref().filter(|_| state.settings.trace != TraceLevel::None),
     });
     ([(header::CONTENT_TYPE, "application/json")], facts.to_string()).into_response()
 }

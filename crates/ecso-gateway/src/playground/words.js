@@ -341,7 +341,7 @@ export const current = () => language;
 
 /** The text with this name, with `values` filled in for `{name}`; undefined if there is none. */
 export function word(name, values = {}) {
-  const text = WORDS[language][name];
+  const text = Object.hasOwn(WORDS[language], name) ? WORDS[language][name] : undefined;
   return text?.replace(/\{(\w+)\}/g, (placeholder, key) => {
     const value = values[key];
     return value === undefined ? placeholder : typeof value === "function" ? value() : value;

@@ -1,7 +1,10 @@
 //! Answers that are judged while somebody is still getting them.
 
+use std::sync::Arc;
+
 use ecso::{
-    Chat, Event, Guard, Mllm, Outcome, Profile, RequestCheck, Step, Verdict, testing::Scripted,
+    Chat, Event, Guard, Mllm, Outcome, Profile, RequestCheck, Step, Verdict, profile::Method,
+    testing::Scripted,
 };
 use futures::StreamExt;
 
@@ -108,4 +111,39 @@ async fn a_check_that_fails_finds_nothing() {
     let mut request_check = RequestCheck::default();
     assert!(guard.check_draft(&chat(), &mut request_check, "A list.").await.is_err());
     assert!(guard.check_draft(&chat(), &mut request_check, "A list.").await.is_err());
+}
+
+#[tokio::test]
+async fn a_check_holds_for_its_conversation_and_profile_alone() {
+    let other = Chat::ask([picture()], "Fill another list.");
+    for profile in [Profile::paper(), hardened()] {
+        let model = Arc::new(model(MILD, "A list.", &["A better one."]));
+        let guard = Guard::new(Arc::clone(&model), profile.clone());
+        let mut of_other = guard.check_request(&other).await.unwrap();
+        guard.check_draft(&other, &mut of_other, "A list.").await.unwrap();
+        let whole = guard.review(&chat(), "A list.").await.unwrap();
+        let before = guard.model().requests().len();
+        let reviewed = review(&guard, of_other.clone(), "A list.").await;
+        assert_eq!(guard.model().requests().len() - before, whole.steps.len());
+        assert_eq!((reviewed.verdict, reviewed.steps.len()), (whole.verdict, whole.steps.len()));
+        let before = guard.model().requests().len();
+        guard.check_draft(&chat(), &mut of_other, "A list.").await.unwrap();
+        assert!(guard.model().requests().len() > before, "asked about this conversation");
+
+        let all = Guard::new(Arc::clone(&model), profile.with("scope", "all").unwrap());
+        let before = guard.model().requests().len();
+        review(&all, guard.check_request(&chat()).await.unwrap(), "A list.").await;
+        assert!(guard.model().requests().len() > before, "asked under this profile");
+    }
+}
+
+#[tokio::test]
+async fn a_threshold_that_is_none_lets_nothing_through() {
+    for threshold in [f64::NAN, f64::INFINITY, 2.0, -1.0] {
+        let mut profile = hardened();
+        let Method::Hardened(method) = &mut profile.method else { panic!("another method") };
+        method.threshold = threshold;
+        let guard = Guard::new(model(MILD, "A list.", &["A better one."]), profile);
+        assert_eq!(guard.answer(&chat()).await.unwrap().verdict, Verdict::Unsafe, "{threshold}");
+    }
 }
