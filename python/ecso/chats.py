@@ -53,18 +53,18 @@ def turns(query: Query, images: Images, system: Optional[str]) -> list[Turn]:
     for _, parts in conversation:
         for kind, value in parts:
             if kind == "text":
-                whole(value)
+                checked_text(value)
     return conversation
 
 
-def whole(text: Any) -> str:
-    """Check that a text is one, without halves of characters, and return it."""
+def checked_text(text: Any) -> str:
+    """Check that a text has no lone surrogates, which can't be sent, and return it."""
     if not isinstance(text, str):
         raise InputError(f"expected a text, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"a text has halves of characters (surrogates): {error}") from error
+        raise InputError(f"a text has lone surrogates: {error}") from error
     return text
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
-from .chats import turns, whole
+from .chats import checked_text, turns
 from .errors import BadReply, InputError
 from .guard import AsyncGuard, Guard, following
 from .results import Outcome
@@ -178,7 +178,7 @@ def _draft(choice: Any) -> str:
         raise InputError("the answer has more than text, which can't be judged; use `ecso serve`, which guards more")
     text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
     try:
-        return whole(text)
+        return checked_text(text)
     except InputError as error:
         raise BadReply(f"the answer is not a text: {error}") from error
 

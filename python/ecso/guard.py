@@ -12,7 +12,7 @@ from typing import Any, Optional, Protocol, TypeVar, Union
 
 from . import results
 from ._ecso import Call, Core, Table
-from .chats import Images, Query, turns, whole
+from .chats import Images, Query, checked_text, turns
 from .errors import EcsoError, SettingsError
 from .results import Event, Outcome
 
@@ -90,7 +90,7 @@ class _Guard:
         return self._core.check(turns(query, images, None))
 
     def _start(self, query: Query, images: Images, system: Optional[str], draft: Optional[str], events: bool = False) -> Call:
-        return self._core.answer(turns(query, images, system), None if draft is None else whole(draft), events)
+        return self._core.answer(turns(query, images, system), None if draft is None else checked_text(draft), events)
 
     def _start_table(
         self,
