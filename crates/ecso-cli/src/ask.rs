@@ -21,7 +21,9 @@ pub(crate) fn run(args: &AskArgs, file: Option<&Path>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Runtime::new().context("can't start the async runtime")?;
     runtime.block_on(async {
         let progress = Steps::new(args.output.quiet);
-        progress.show("loading the model");
+        if !settings.is_server() {
+            progress.show("loading the model");
+        }
         let model = backend::open(&settings).await?;
         let scope = profile.scope;
         let guard = Guard::new(model, profile);

@@ -392,15 +392,18 @@ impl OpenAi {
             .as_ref()
             .map(|path| format!(" by {}", path.display()))
             .unwrap_or_default();
-        let causes = match error.source() {
-            Some(cause) if is_refused(cause) => ": nothing is listening there".to_owned(),
-            Some(cause) => format!(": {}", ecso::error_chain(cause)),
-            None => String::new(),
-        };
-        ModelError::Transport(Cause::new(
-            format!("{}{socket}: {what}{causes}", self.base),
-            error.without_url(),
-        ))
+        let failed = format!("{}{socket}: {what}", self.base);
+        ModelError::Transport(match error.source() {
+            // The source would only repeat it, in the words of four libraries.
+            Some(cause) if is_refused(cause) => {
+                format!("{failed}: nothing is listening there").into()
+            }
+            Some(cause) => {
+                let message = format!("{failed}: {}", ecso::error_chain(cause));
+                Cause::new(message, error.without_url())
+            }
+            None => Cause::new(failed, error.without_url()),
+        })
     }
 }
 

@@ -79,7 +79,6 @@ async fn a_safe_draft_is_the_answer_and_stdout_has_nothing_else() {
     let output = ask(home.path(), &server.uri()).assert().success().get_output().clone();
     assert_eq!(text(&output.stdout), "The draft.\n");
     insta::assert_snapshot!(text(&output.stderr), @r"
-    ecso: loading the model
     ecso: step 1, direct answer (1 image)
     ecso: step 2, is it harmful? (1 image)
     [the direct answer was judged safe, P(harm) 0.20; profile paper, model played]
