@@ -47,7 +47,7 @@ export class Editor {
     const profile = this.#facts.profiles.find(profile => profile.name === this.#base);
     this.name ??= make("input", { id: "profile-name", maxlength: 60, value: word("default-name"), autocomplete: "off" });
     this.name.oninput = () => this.#scheduleCheck();
-    const names = this.#facts.profiles.map(({ name }) => [name, name]);
+    const names = this.#facts.profiles.map(({ name }) => [name, attributes => make("option", attributes, name)]);
     const base = this.#select("profile-base", names, this.#base, name => this.#askToRebase(name));
     this.question = make("div", { class: "confirm", role: "alert", hidden: true });
     this.problem = make("p", { class: "problem", role: "alert", hidden: true });
@@ -104,13 +104,10 @@ export class Editor {
     return make("div", { class: "field" }, said(name, {}, "label", { for: control.id }), control);
   }
 
+  /** A select; each option is its key and a function that makes its element from attributes. */
   #select(id, options, chosen, change) {
-    const select = make("select", { id, onchange: () => change(select.value) }, ...options.map(([key, name]) => {
-      const selected = key === chosen;
-      // The names of profiles are no words of the page.
-      return id !== "profile-base" && word(name) ? said(name, {}, "option", { value: key, selected })
-        : make("option", { value: key, selected }, name);
-    }));
+    const select = make("select", { id, onchange: () => change(select.value) },
+      ...options.map(([key, option]) => option({ value: key, selected: key === chosen })));
     return select;
   }
 
@@ -118,7 +115,8 @@ export class Editor {
   #choice(key, profile, values, words) {
     const original = value(profile, key), known = values.includes(original) ? values : [original, ...values];
     const current = this.#changes[key] ?? original;
-    return this.#select(`key-${key}`, known.map(name => [name, `${words}-${name}`]), current, chosen => this.#set(key, chosen, original));
+    const option = name => attributes => (word(name) ? said(name, {}, "option", attributes) : make("option", attributes, name));
+    return this.#select(`key-${key}`, known.map(name => [name, option(`${words}-${name}`)]), current, chosen => this.#set(key, chosen, original));
   }
 
   /** The threshold as a slider and, if there is a calibration, its effect. */

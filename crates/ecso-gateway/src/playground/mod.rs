@@ -178,6 +178,8 @@ async fn facts(State(page): State<PageState>) -> Response {
         TraceLevel::Full => profiles.map(|profile| json!(profile)).collect(),
         TraceLevel::Figures | TraceLevel::None => vec![json!({"name": default.name})],
     };
+    let shows_figures = state.settings.trace != TraceLevel::None;
+    let calibration = page.playground.calibration.as_ref().filter(|_| shows_figures);
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": model,
@@ -186,7 +188,7 @@ async fn facts(State(page): State<PageState>) -> Response {
         "usual": default.name,
         "profiles": visible,
         "limits": {"images": limits.images, "body": limits.body, "image": state.images.bytes},
-        "calibration": page.playground.calibration.as_ref().filter(|_| state.settings.trace != TraceLevel::None),
+        "calibration": calibration,
     });
     ([(header::CONTENT_TYPE, "application/json")], facts.to_string()).into_response()
 }
